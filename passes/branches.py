@@ -1,0 +1,99 @@
+"""Builds the two branches of the cond as graph modules of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from teacache_fx.graph import emit, fake_value, set_fake_value, tensor_of, written_arguments
+
+_aten = torch.ops.aten
+
+
+class _Branch:
+    """A graph under construction, and where the outer graph's nodes are found in it."""
+
+    def __init__(self, operands: Sequence[fx.Node], sources: Sequence[fx.Node], residuals: Sequence[fx.Node]) -> None:
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        for operand, source in zip((*operands, *residuals), (*sources, *residuals), strict=True):
+            placeholder = self.graph.placeholder(operand.name)
+            set_fake_value(placeholder, fake_value(source))
+            self.env[operand] = placeholder
+
+    def derive(self, node: fx.Node) -> fx.Node:
+        """The node's value inside the branch. Views and attributes are derived anew from the operands."""
+        if node not in self.env:
+            written = written_arguments(node)  # `x.add_(1)` is x, written before the branch is entered
+            self.env[node] = self.derive(written[0]) if written else self.copy(node)
+        return self.env[node]
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        """Copies one node. An operand made contiguous may differ from the recorded strides, never in its values."""
+        self.env[node] = self.graph.node_copy(node, self.derive)
+        self.env[node].meta = dict(node.meta)
+        return self.env[node]
+
+    def finish(self, gm: fx.GraphModule, outputs: Sequence[fx.Node], residuals: Sequence[fx.Node]) -> fx.GraphModule:
+        """Closes the graph. The attributes that it refers to are shared with the outer module."""
+        self.graph.output((*outputs, *residuals))
+        return fx.GraphModule(gm, self.graph)
+
+
+def run_blocks(
+    gm: fx.GraphModule,
+    operands: Sequence[fx.Node],
+    sources: Sequence[fx.Node],
+    residuals: Sequence[fx.Node],
+    blocks: Sequence[fx.Node],
+    values: Sequence[fx.Node],
+    bases: Sequence[fx.Node],
+) -> fx.GraphModule:
+    """`(hidden_states_out, ..., residual, ...)`: the blocks as they were, and what they added.
+
+    Outputs are cloned even where they are contiguous already: a slice keeps its storage offset and its base.
+    """
+    branch = _Branch(operands, sources, residuals)
+    for node in blocks:
+        branch.copy(node)
+    outputs = [emit(branch.graph, _aten.clone.default, branch.env[v], memory_format=torch.contiguous_format) for v in values]
+    new = [
+        emit(branch.graph, _aten.sub.Tensor, output, _cast(branch.graph, branch.derive(base), value))
+        for output, base, value in zip(outputs, bases, values, strict=True)
+    ]
+    return branch.finish(gm, outputs, [_contiguous(branch.graph, node) for node in new])
+
+
+def reuse_residual(
+    gm: fx.GraphModule,
+    operands: Sequence[fx.Node],
+    sources: Sequence[fx.Node],
+    residuals: Sequence[fx.Node],
+    values: Sequence[fx.Node],
+    bases: Sequence[fx.Node],
+) -> fx.GraphModule:
+    """`(hidden_states + previous_residual, ..., previous_residual, ...)`."""
+    branch = _Branch(operands, sources, residuals)
+    previous = [branch.env[residual] for residual in residuals]
+    outputs = [
+        emit(branch.graph, _aten.add.Tensor, _cast(branch.graph, branch.derive(base), value), residual)
+        for base, value, residual in zip(bases, values, previous, strict=True)
+    ]
+    outputs = [_contiguous(branch.graph, node) for node in outputs]
+    clones = [emit(branch.graph, _aten.clone.default, r, memory_format=torch.contiguous_format) for r in previous]
+    return branch.finish(gm, outputs, clones)
+
+
+def _contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Both branches must agree in stride order; the sum of two differently laid out tensors takes the first's."""
+    if tensor_of(node).is_contiguous():
+        return node
+    return emit(graph, _aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def _cast(graph: fx.Graph, base: fx.Node, value: fx.Node) -> fx.Node:
+    """Under autocast the stack may give back another floating-point type than it was given."""
+    dtype = tensor_of(value).dtype
+    return base if tensor_of(base).dtype == dtype else emit(graph, _aten._to_copy.default, base, dtype=dtype)

@@ -1,0 +1,30 @@
+"""Removes what the cond has replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from teacache_fx.dataflow import Dataflow
+from teacache_fx.passes.base import PassContext
+
+
+@dataclass(frozen=True)
+class Cleanup:
+    """Erases the nodes that no output and no effect needs: the blocks outside the branch, views that moved into it.
+
+        x_embedder ─> blocks.0 ─> blocks.1 ─> (dead)          x_embedder ─┐
+                 └──> cond ─> norm_out                  ==>               └──> cond ─> norm_out
+
+    Placeholders stay, used or not: they are the graph's calling convention.
+    """
+
+    name: str = "cleanup"
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
+        flow = Dataflow(gm.graph)
+        dead = [node for node in flow.nodes if node not in flow.live and node.op != "placeholder"]
+        for node in reversed(dead):
+            gm.graph.erase_node(node)
+        return bool(dead)

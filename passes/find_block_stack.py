@@ -1,0 +1,160 @@
+"""Finds the repeated blocks that carry the latents."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from teacache_fx.dataflow import Dataflow
+from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.flops import is_matmul, total_flops
+from teacache_fx.graph import argument_name, block_of, fake_tensors, is_user_input, op_name
+from teacache_fx.passes.base import PassContext, output_arguments
+from teacache_fx.passes.pair_live_outputs import describe_pair, pair_live_outputs
+from teacache_fx.plan import BlockList, BlockStack
+
+_LATENT_NAMES = ("hidden_states", "latents", "sample", "x")
+
+
+@dataclass(frozen=True)
+class FindBlockStack:
+    """Finds the lists of repeated blocks that pass the latents on from one to the next, and the nodes they span.
+
+        latents ─> x_embedder ─> [blocks.0 ─> blocks.1 ─> ... ─> single_blocks.0 ─> ...] ─> norm_out ─> proj_out
+                                 └───────────────── region ─────────────────────────┘
+
+    A list belongs to the stack if at least two of its elements are of one class, hold matrix products that depend on
+    the latents, and lie one behind the other on the way of the latents; text refiners do not depend on the latents,
+    parallel heads do not lie behind each other, and the layers of an MLP are no blocks of their own.
+
+    Declines when: no input is like the output (NO_LATENTS), no such list exists (NO_REPEATED_BLOCKS), the graph is
+    one block compiled by itself (SINGLE_BLOCK), or a live output matches no input of the stack (NO_MATCHING_INPUT).
+
+    Does not handle: blocks without a module path; repetition of the op sequence would have to find those.
+
+    Attributes:
+        smallest_share: lists with less than this share of the largest list's FLOPs are not part of the stack.
+    """
+
+    name: str = "find-block-stack"
+    smallest_share: float = 0.02
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
+        flow = ctx.dataflow(gm)
+        latents = find_latents(gm)
+        dependent = flow.forward([latents]) & flow.live
+        lists = self._qualifying_lists(flow, dependent)
+        if not lists:
+            raise _no_stack(flow, dependent)
+        owned = {node for blocks in lists.values() for nodes in blocks.values() for node in nodes}
+        core = _between(flow, owned & dependent) & flow.live
+        pairs, region = pair_live_outputs(flow, core, dependent)
+        ctx.stack = BlockStack(
+            lists=tuple(_describe(path, blocks, flow) for path, blocks in lists.items()),
+            latents=latents.name,
+            region=tuple(node.name for node in flow.sort(region)),
+            live_outputs=tuple(map(describe_pair, pairs)),
+        )
+        return False
+
+    def _qualifying_lists(
+        self, flow: Dataflow, dependent: set[fx.Node]
+    ) -> dict[str, dict[int, list[fx.Node]]]:
+        lists = _blocks_of_lists(flow.sort(dependent))
+        chains = {path: blocks for path, blocks in lists.items() if _is_repeated(blocks) and _is_chain(blocks, flow)}
+        weights = {path: float(total_flops(_flat(blocks))) for path, blocks in chains.items()}
+        least = self.smallest_share * max(weights.values(), default=0.0)
+        return {path: blocks for path, blocks in chains.items() if weights[path] >= least}
+
+
+def find_latents(gm: fx.GraphModule) -> fx.Node:
+    """The floating-point input whose shape agrees best with the model's first tensor output.
+
+    Raises:
+        Declined: NO_LATENTS if no input has as many dimensions as an output.
+    """
+    outputs = [tensor for node in output_arguments(gm) if isinstance(node, fx.Node) for tensor in fake_tensors(node)]
+    best: tuple[tuple[int, ...], fx.Node] | None = None
+    for node in gm.graph.nodes:
+        if not is_user_input(node) or argument_name(node).startswith("encoder_"):
+            continue
+        for value in fake_tensors(node):
+            if not value.is_floating_point() or value.ndim < 2:
+                continue
+            for output in outputs:
+                if value.ndim != output.ndim:
+                    continue
+                equal = sum(a == b for a, b in zip(value.shape, output.shape, strict=True))
+                score = (int(equal == value.ndim), equal, _name_rank(node))
+                if best is None or score > best[0]:
+                    best = (score, node)
+    if best is None:
+        shapes = ", ".join(str(list(output.shape)) for output in outputs) or "none"
+        raise Declined(
+            DeclineReason.NO_LATENTS, f"no floating-point input has as many dimensions as an output (outputs: {shapes})"
+        )
+    return best[1]
+
+
+def _name_rank(node: fx.Node) -> int:
+    name = argument_name(node)
+    return len(_LATENT_NAMES) - _LATENT_NAMES.index(name) if name in _LATENT_NAMES else 0
+
+
+def _blocks_of_lists(nodes: Iterable[fx.Node]) -> dict[str, dict[int, list[fx.Node]]]:
+    lists: dict[str, dict[int, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
+    for node in nodes:
+        if node.op != "placeholder" and (owner := block_of(node)):
+            lists[owner[0]][owner[1]].append(node)
+    with_matmuls = {
+        path: {index: nodes for index, nodes in blocks.items() if any(map(is_matmul, nodes))}
+        for path, blocks in lists.items()
+    }
+    return {path: blocks for path, blocks in with_matmuls.items() if len(blocks) >= 2}
+
+
+def _is_repeated(blocks: dict[int, list[fx.Node]]) -> bool:
+    """At least two elements are of one class and are more than a single layer."""
+    composite = [block_class(nodes) for nodes in blocks.values() if sum(map(is_matmul, nodes)) >= 2]
+    return len(composite) > len(set(composite))
+
+
+def _is_chain(blocks: dict[int, list[fx.Node]], flow: Dataflow) -> bool:
+    """Each element that has a predecessor in the list depends on one; parallel heads and experts do not."""
+    ordered = sorted(blocks.values(), key=lambda nodes: flow.order[nodes[0]])
+    behind_first = flow.forward(ordered[0])
+    last_matmuls = [node for node in ordered[-1] if is_matmul(node)]
+    return any(node in behind_first for node in last_matmuls)
+
+
+def _between(flow: Dataflow, nodes: set[fx.Node]) -> set[fx.Node]:
+    """The nodes and everything on a way from one of them to another."""
+    return flow.forward(nodes) & flow.backward(nodes)
+
+
+def _flat(blocks: dict[int, list[fx.Node]]) -> list[fx.Node]:
+    return [node for nodes in blocks.values() for node in nodes]
+
+
+def block_class(nodes: list[fx.Node]) -> str:
+    """Class name of the list element that the nodes belong to."""
+    return next((owner[2] for node in nodes if (owner := block_of(node))), "")
+
+
+def _describe(path: str, blocks: dict[int, list[fx.Node]], flow: Dataflow) -> BlockList:
+    classes = tuple(dict.fromkeys(block_class(nodes) for nodes in blocks.values()))
+    kinds = {tuple(op_name(node) for node in flow.sort(nodes)) for nodes in blocks.values()}
+    return BlockList(path, len(blocks), classes, len(kinds))
+
+
+def _no_stack(flow: Dataflow, dependent: set[fx.Node]) -> Declined:
+    heavy = [node for node in flow.sort(dependent) if is_matmul(node)]
+    attention = [node for node in heavy if op_name(node) == "scaled_dot_product_attention"]
+    if attention and len(attention) <= 2:
+        detail = "the graph holds one transformer block and no list of them"
+        return Declined(DeclineReason.SINGLE_BLOCK, detail, attention[0].name)
+    detail = f"{len(heavy)} matrix products depend on the latents, none in a list of repeated blocks"
+    return Declined(DeclineReason.NO_REPEATED_BLOCKS, detail, heavy[0].name if heavy else None)

@@ -1,0 +1,139 @@
+"""Replaces the block stack by a guarded `torch.cond` and adds the state to the graph's inputs and outputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from teacache_fx.dataflow import view_source
+from teacache_fx.graph import emit, fake_mode_of, fake_value, mark_as_state, set_fake_value, tensor_of
+from teacache_fx.passes.base import PassContext, nodes_by_name, output_arguments
+from teacache_fx.passes.branches import reuse_residual, run_blocks
+from teacache_fx.policy import Decision, Policy, PolicyState
+from teacache_fx.signature import CacheSignature
+
+_NUM_SCALARS = len(PolicyState._fields)
+_CLONE = torch.ops.aten.clone.default
+
+
+@dataclass(frozen=True)
+class InsertCond:
+    """Inserts the state, the traced policy and the cond; the blocks' nodes stay behind, dead, for `Cleanup`.
+
+        prologue ─> hidden_states ─────────────────────────────┐
+                 ─> modulated_input ─> policy ─> should_compute┤
+        state    ─> previous_modulated_input ──┘               ├─> cond ─> hidden_states_out ─> epilogue
+                 ─> previous_residual ─────────────────────────┘      └──> residual ─> new state
+
+    The form is functional: state tensors are inputs, the new state is output, nothing is mutated. Both branches return
+    fresh contiguous tensors, so that none aliases an operand or another output.
+
+    Requires: the whole plan.
+    """
+
+    name: str = "insert-cond"
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
+        plan, nodes, graph = ctx.plan, nodes_by_name(gm), gm.graph
+        output = graph.output_node()
+        for name in plan.partition.epilogue:
+            output.prepend(nodes[name])
+        values = [nodes[live.value] for live in plan.stack.live_outputs]
+        bases = [nodes[live.base] for live in plan.stack.live_outputs]
+        indicator, timestep = nodes[plan.modulation.modulated_input], nodes[plan.modulation.timestep]
+        behind = [nodes[name] for name in plan.partition.epilogue] + [output]
+        with fake_mode_of(graph), torch.autocast(tensor_of(indicator).device.type, enabled=False):
+            ctx.signature = _signature(gm, [indicator, *values])
+            state = _add_state_inputs(graph, ctx.signature)
+            with graph.inserting_before(behind[0]):
+                decision = _insert_policy(graph, ctx.policy, [indicator, state[0], timestep, *state[-_NUM_SCALARS:]])
+                operands = [nodes[name] for name in plan.partition.operands]
+                residuals = state[1:-_NUM_SCALARS]
+                sources = [_as_operand(graph, node) for node in operands]
+                branches = (
+                    run_blocks(gm, operands, sources, residuals, [nodes[n] for n in plan.partition.blocks], values, bases),
+                    reuse_residual(gm, operands, sources, residuals, values, bases),
+                )
+                results = _insert_cond(gm, decision.should_compute, branches, [*sources, *residuals])
+                kept_indicator = _as_state(graph, indicator)
+        for value, result in zip(values, results[: len(values)], strict=True):
+            value.replace_all_uses_with(result, delete_user_cb=lambda user: user in behind)
+        new_state = [kept_indicator, *results[len(values) :], *decision.state[:-1]]
+        recorded = [decision.reason, decision.rel_l1, decision.accumulated]
+        output.args = ((*output_arguments(gm), *new_state, *recorded),)
+        return True
+
+
+def _signature(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> CacheSignature:
+    num_inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
+    tensors = [torch.empty_like(tensor_of(node), memory_format=torch.contiguous_format) for node in nodes]
+    return CacheSignature(num_inputs, len(output_arguments(gm)), tuple(tensors))
+
+
+def _add_state_inputs(graph: fx.Graph, signature: CacheSignature) -> list[fx.Node]:
+    names = (*signature.tensor_names, *signature.scalar_names)
+    values = (*signature.tensors, *PolicyState.initial(device=signature.tensors[0].device))
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    state = []
+    for name, value in zip(names, values, strict=True):
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)
+        mark_as_state(last)
+        set_fake_value(last, value)
+        state.append(last)
+    return state
+
+
+def _insert_policy(graph: fx.Graph, policy: Policy, arguments: list[fx.Node]) -> Decision:
+    """Traces the policy on the arguments' fake values and inlines what it did; the decision then holds nodes."""
+
+    def decide(current: Tensor, previous: Tensor, timestep: Tensor, *scalars: Tensor) -> list[Tensor]:
+        decision = policy.decide(current, previous, timestep, PolicyState(*scalars))
+        return [*decision[:-1], *decision.state]
+
+    traced = make_fx(decide)(*(fake_value(node) for node in arguments))
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs = iter(arguments)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(inputs)
+        elif node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = {}
+            set_fake_value(copies[node], fake_value(node))
+    results = [copies[node] for node in traced.graph.output_node().args[0]]
+    return Decision(*results[:-_NUM_SCALARS], PolicyState(*results[-_NUM_SCALARS:]))  # type: ignore[arg-type]
+
+
+def _as_operand(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Inductor's cond wants intermediate operands to be contiguous; a transposed patch embedding is not."""
+    value = fake_value(node)
+    if node.op == "placeholder" or not isinstance(value, Tensor) or value.is_contiguous():
+        return node
+    return emit(graph, _CLONE, node, memory_format=torch.contiguous_format)
+
+
+def _as_state(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What is kept until the next step must own its memory and be laid out as the state input is."""
+    if view_source(node) is None and node.op != "placeholder" and tensor_of(node).is_contiguous():
+        return node
+    return emit(graph, _CLONE, node, memory_format=torch.contiguous_format)
+
+
+def _insert_cond(
+    gm: fx.GraphModule, should_compute: fx.Node, branches: Sequence[fx.GraphModule], operands: list[fx.Node]
+) -> list[fx.Node]:
+    graph = gm.graph
+    attributes = []
+    for name, branch in zip(("run_blocks", "reuse_residual"), branches, strict=True):
+        gm.add_submodule(name, branch)
+        attributes.append(graph.get_attr(name))
+    cond = graph.call_function(torch.ops.higher_order.cond, (should_compute, *attributes, tuple(operands)))
+    values = tuple(fake_value(node) for node in output_arguments(branches[0]))
+    set_fake_value(cond, values)
+    return [emit(graph, operator.getitem, cond, index) for index in range(len(values))]

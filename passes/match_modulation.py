@@ -1,0 +1,123 @@
+"""Finds the timestep and `modulated_input`, the tensor on which denoising steps are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from teacache_fx.dataflow import Dataflow, view_source
+from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.flops import is_matmul
+from teacache_fx.graph import argument_name, block_of, fake_tensors, fake_value, is_user_input, op_name, tensor_of
+from teacache_fx.passes.base import PassContext
+from teacache_fx.passes.modulation_patterns import name_pattern
+from teacache_fx.plan import BlockStack, Modulation
+
+_JOINS = {"cat", "concat", "concatenate"}
+_SINUSOIDS = {"sin", "cos", "sin_", "cos_"}
+_TIME_WORDS = {"timestep": 4, "timesteps": 4, "t": 3, "time": 3, "sigma": 3, "sigmas": 3, "noise_level": 3}
+_ENOUGH = 3
+
+
+@dataclass(frozen=True)
+class MatchModulation:
+    """Finds the last pointwise value in the first block that depends on the latents and feeds the first matmul.
+
+        hidden_states ─> norm ─> * (1 + scale) ─> + shift ─┬─> to_q
+        timestep ─> sin, cos ─> temb ─> linear ─┴───┘      └── modulated_input
+
+    The timestep is the small input that goes through sines and cosines (dataflow), or is called one (names); a guidance
+    scale is embedded in the same way and is told apart by its name.
+
+    Requires: the block stack.
+    Declines when: no input is a timestep (NO_TIMESTEP), or no matmul of the stack takes the latents
+    (NO_MODULATED_INPUT).
+    """
+
+    name: str = "match-modulation"
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
+        assert ctx.stack is not None
+        flow = ctx.dataflow(gm)
+        by_name = {node.name: node for node in gm.graph.nodes}
+        dependent = flow.forward([by_name[ctx.stack.latents]])
+        timestep = find_timestep(flow, ctx.stack)
+        bases = [by_name[live.base] for live in ctx.stack.live_outputs]
+        matmul, indicator = _find_indicator([by_name[name] for name in ctx.stack.region], dependent, bases)
+        owner = block_of(matmul)
+        block = f"{owner[0]}.{owner[1]}" if owner else ""
+        pattern = name_pattern(indicator, timestep, dependent, flow)
+        ctx.modulation = Modulation(indicator.name, pattern, timestep.name, block)
+        return False
+
+
+def _find_indicator(
+    region: list[fx.Node], dependent: set[fx.Node], bases: list[fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    for matmul in region:
+        if is_matmul(matmul):
+            tokens = [argument for argument in matmul.all_input_nodes if argument in dependent]
+            indicator = _pointwise_source(tokens[0], dependent, bases)
+            if fake_tensors(indicator) and fake_tensors(indicator)[0].is_floating_point():
+                return matmul, indicator
+    raise Declined(DeclineReason.NO_MODULATED_INPUT, "no matmul of the block stack takes the latents' tokens")
+
+
+def _pointwise_source(node: fx.Node, dependent: set[fx.Node], bases: list[fx.Node]) -> fx.Node:
+    """Looks through views, and through joins of text and image tokens to those that have a residual."""
+    shapes = [tensor_of(base).shape for base in bases]
+    while True:
+        source = view_source(node)
+        if source is None and op_name(node) in _JOINS:
+            joined = [argument for argument in node.all_input_nodes if argument in dependent]
+            alike = [argument for argument in joined if tensor_of(argument).shape in shapes] or joined
+            source = alike[0] if len(alike) == 1 else None
+        if source is None or source.op == "placeholder" or not isinstance(fake_value(source), torch.Tensor):
+            return node
+        node = source
+
+
+def find_timestep(flow: Dataflow, stack: BlockStack) -> fx.Node:
+    """The input that tells how far denoising has come.
+
+    Raises:
+        Declined: NO_TIMESTEP.
+    """
+    scores = {
+        node: _time_score(node, flow)
+        for node in flow.nodes
+        if node.name != stack.latents and is_user_input(node) and node in flow.live and _is_small(node)
+    }
+    if not scores or max(scores.values()) < _ENOUGH:
+        seen = ", ".join(argument_name(node) for node in flow.nodes if is_user_input(node))
+        raise Declined(DeclineReason.NO_TIMESTEP, f"none of the inputs ({seen}) is embedded as a timestep or named one")
+    return max(scores, key=lambda node: scores[node])
+
+
+def _is_small(node: fx.Node) -> bool:
+    value = fake_value(node)
+    return isinstance(value, torch.Tensor) and value.ndim <= 2 and not value.is_complex() and value.dtype != torch.bool
+
+
+def _time_score(node: fx.Node, flow: Dataflow) -> int:
+    name = argument_name(node)
+    if "guidance" in name:
+        return 0
+    named = _TIME_WORDS.get(name, _TIME_WORDS["timestep"] - 1 if "timestep" in name else 0)
+    embedded = 2 if any(op_name(user) in _SINUSOIDS for user in _until_matmul(node, flow)) else 0
+    return named + embedded + (fake_tensors(node)[0].ndim <= 1)
+
+
+def _until_matmul(node: fx.Node, flow: Dataflow) -> Iterator[fx.Node]:
+    """What depends on the node, as far as the first matrix products."""
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        current = todo.pop()
+        if current in seen or is_matmul(current):
+            continue
+        seen.add(current)
+        yield current
+        todo += flow.successors[current]

@@ -1,0 +1,88 @@
+"""Holds that no in-place write is seen in another order after the cut than before it.
+
+Note [Memory order]: within a part, nodes keep their order; between parts, all of the prologue runs before all of the
+blocks, and these before the epilogue. A write is therefore safe if (a) it is in the blocks and the memory is born and
+dies there, but for one tensor that leaves through the cut as a copy; (b) it is in the prologue and no node of a later
+part reads the memory before it; (c) it is in the epilogue and nothing that it overwrites is kept as state or leaves
+the stack twice. Everything else is declined: a wrong picture is worse than no cache.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Protocol
+
+from torch import fx
+
+from teacache_fx.dataflow import Dataflow
+from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.graph import storages
+from teacache_fx.passes.pair_live_outputs import LivePair
+
+_PROLOGUE, _BLOCKS, _EPILOGUE = range(3)
+
+
+class _Parts(Protocol):
+    @property
+    def prologue(self) -> list[fx.Node]: ...
+    @property
+    def blocks(self) -> list[fx.Node]: ...
+    @property
+    def epilogue(self) -> list[fx.Node]: ...
+
+
+def check_memory_order(flow: Dataflow, parts: _Parts, pairs: list[LivePair], indicator: fx.Node) -> None:
+    """Raises `Declined` (MUTATION_ACROSS_CUT) unless every write is safe by Note [Memory order]."""
+    if not flow.writers:
+        return
+    part_of = {node: part for part, nodes in enumerate((parts.prologue, parts.blocks, parts.epilogue)) for node in nodes}
+    part_of |= {node: _PROLOGUE for node in flow.nodes if node.op == "placeholder"}
+    cut = {pair.value for pair in pairs}
+    touching = _touching(flow, part_of)
+    for storage, writers in flow.writers.items():
+        live_writers = [writer for writer in writers if writer in part_of]
+        leaving = [value for value in cut if storage in storages(value)]
+        for writer in live_writers:
+            _check_writer(flow, writer, part_of, touching[storage], leaving, cut)
+        if live_writers and storage in storages(indicator):
+            late = [writer for writer in live_writers if flow.order[writer] > flow.order[indicator]]
+            if late:
+                raise _declined(late[0], "it overwrites the modulated input, which is kept until the next step")
+
+
+def _touching(flow: Dataflow, part_of: dict[fx.Node, int]) -> dict[int, list[fx.Node]]:
+    touching: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in flow.nodes:
+        if node in part_of:
+            involved = {s for argument in (node, *node.all_input_nodes) for s in storages(argument)}
+            for storage in involved & flow.writers.keys():
+                touching[storage].append(node)
+    return touching
+
+
+def _check_writer(
+    flow: Dataflow,
+    writer: fx.Node,
+    part_of: dict[fx.Node, int],
+    touching: list[fx.Node],
+    leaving: list[fx.Node],
+    cut: set[fx.Node],
+) -> None:
+    part = part_of[writer]
+    if part == _BLOCKS:
+        if any(part_of[node] == _PROLOGUE for node in touching):
+            raise _declined(writer, "a block writes to memory that exists before the stack")
+        if any(part_of[node] == _EPILOGUE and not cut & set(node.all_input_nodes) for node in touching):
+            raise _declined(writer, "memory written by a block is read after the stack other than through its output")
+    if part == _PROLOGUE:
+        early = [n for n in touching if part_of[n] != _PROLOGUE and flow.order[n] < flow.order[writer]]
+        if early:
+            raise _declined(writer, f"it overwrites what `{early[0].name}` has to read before")
+    if part == _EPILOGUE and any(part_of[n] != _EPILOGUE and flow.order[n] > flow.order[writer] for n in touching):
+        raise _declined(writer, "a block reads what the epilogue has written")
+    if part != _PROLOGUE and len(leaving) > 1:
+        raise _declined(writer, "two outputs of the stack share the memory that it writes")
+
+
+def _declined(writer: fx.Node, why: str) -> Declined:
+    return Declined(DeclineReason.MUTATION_ACROSS_CUT, f"`{writer.target}`: {why}", writer.name)

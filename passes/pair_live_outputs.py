@@ -1,0 +1,114 @@
+"""Pairs what leaves the block stack with what entered it, so that a residual can be taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from teacache_fx.dataflow import Dataflow, view_source
+from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.graph import fake_tensors, fake_value, op_name, tensor_of
+from teacache_fx.plan import LiveOutput
+
+_SPINE = {"add", "__add__", "__radd__", "iadd", "add_", "sub", "cat", "concat", "dropout", "clone", "contiguous", "to"}
+_SPINE |= {"clip", "clamp", "where", "nan_to_num"}
+
+
+@dataclass(frozen=True)
+class LivePair:
+    """A value that leaves the stack and the stack's input that its residual is taken against."""
+
+    value: fx.Node
+    base: fx.Node
+
+
+def pair_live_outputs(
+    flow: Dataflow, region: set[fx.Node], dependent: set[fx.Node]
+) -> tuple[list[LivePair], set[fx.Node]]:
+    """Finds the live outputs of the region and a base for each; the region grows past views until shapes agree.
+
+    A joined [text; image] sequence is sliced behind many stacks: it matches no input, its image part does.
+
+    Raises:
+        Declined: NO_MATCHING_INPUT. Without a base the cached value would no longer follow the latents.
+    """
+    region = set(region)
+    inputs = _region_inputs(flow, region)
+    while True:
+        live = _live_outputs(flow, region)
+        bases = {value: _find_base(value, inputs, region, dependent) for value in live}
+        unpaired = [value for value, base in bases.items() if base is None]
+        if not unpaired:
+            return [LivePair(value, base) for value, base in bases.items() if base is not None], region
+        for value in unpaired:
+            users = _users_behind(value, flow, region)
+            if any(view_source(user) is not value and op_name(user) != "getitem" for user in users):
+                raise _no_base(value, inputs)
+            region.update(users)
+
+
+def _live_outputs(flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
+    return [node for node in flow.sort(region) if _users_behind(node, flow, region)]
+
+
+def _users_behind(node: fx.Node, flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
+    """Users outside the region that take the value itself; a write's effect on memory is no value."""
+    return [user for user in node.users if user in flow.live and user not in region]
+
+
+def _region_inputs(flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
+    inputs = {argument for node in region for argument in node.all_input_nodes if argument not in region}
+    return flow.sort(inputs)
+
+
+def _find_base(
+    value: fx.Node, inputs: list[fx.Node], region: set[fx.Node], dependent: set[fx.Node]
+) -> fx.Node | None:
+    """The one input of the value's shape that follows the latents; the residual additions settle a tie."""
+    candidates = [node for node in inputs if _fits(node, value)]
+    if len(candidates) > 1:
+        spine = _spine_inputs(value, region)
+        candidates = [node for node in candidates if node in spine] or candidates
+    following = [node for node in candidates if node in dependent]
+    if following:
+        return following[-1]  # the last one computed is the one that enters the first block
+    spine = _spine_inputs(value, region)
+    return next((node for node in reversed(candidates) if node in spine), None)
+
+
+def _fits(base: fx.Node, value: fx.Node) -> bool:
+    inside, outside = fake_value(value), fake_value(base)
+    if not (isinstance(inside, torch.Tensor) and isinstance(outside, torch.Tensor)):
+        return False
+    both_float = inside.is_floating_point() and outside.is_floating_point()
+    return both_float and inside.device == outside.device and list(inside.shape) == list(outside.shape)
+
+
+def _spine_inputs(value: fx.Node, region: set[fx.Node]) -> set[fx.Node]:
+    """Region inputs that reach the value through additions, joins, views and casts alone."""
+    found, seen, todo = set[fx.Node](), set[fx.Node](), [value]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node not in region:
+            found.add(node)
+        elif view_source(node) is not None or op_name(node) in _SPINE:
+            todo += node.all_input_nodes
+    return found
+
+
+def describe_pair(pair: LivePair) -> LiveOutput:
+    """The pair as a fact for the plan."""
+    value = tensor_of(pair.value)
+    return LiveOutput(pair.value.name, pair.base.name, tuple(map(str, value.shape)), str(value.dtype).split(".")[-1])
+
+
+def _no_base(value: fx.Node, inputs: list[fx.Node]) -> Declined:
+    shape = [str(list(tensor.shape)) for tensor in fake_tensors(value)[:1]]
+    entering = sorted({str(list(tensor.shape)) for node in inputs for tensor in fake_tensors(node)[:1]})
+    detail = f"a value of shape {''.join(shape) or 'unknown'} leaves the stack; entering are {', '.join(entering[:8])}"
+    return Declined(DeclineReason.NO_MATCHING_INPUT, detail, value.name)

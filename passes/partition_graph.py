@@ -1,0 +1,139 @@
+"""Cuts the graph into prologue, blocks and epilogue by liveness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from teacache_fx.dataflow import Dataflow, is_mode, view_source
+from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.flops import total_flops
+from teacache_fx.graph import fake_tensors, fake_value, is_user_input, op_name, storages
+from teacache_fx.passes.base import PassContext, nodes_by_name
+from teacache_fx.passes.memory_order import check_memory_order
+from teacache_fx.passes.pair_live_outputs import LivePair
+from teacache_fx.plan import Costs, Partition
+
+
+@dataclass(frozen=True)
+class PartitionGraph:
+    """Decides for every node whether a skipped step still needs it. The blocks get all that only they need.
+
+        cut at the stack's live outputs; then, backwards from (model outputs, modulated_input, stack inputs):
+
+        x_embedder ─> norm1 ─> ... blocks ... ─┼─> norm_out ─> proj_out       reached before the cut: prologue
+        temb ───────────┴───────────┘          │      │                       reached and behind it: epilogue
+        rotary table, text projection ──┘   temb ─────┘                       not reached: blocks
+
+    Rotary tables, text projections, per-block modulations and text refiners thus cost nothing on a skipped step.
+
+    Requires: the block stack, the modulation.
+    Declines when: an in-place write would be seen in another order than before (MUTATION_ACROSS_CUT), a mode is
+    switched inside the graph (MODE_ACROSS_CUT), or the residual's shape depends on values (UNKNOWN_STATE_SHAPE).
+    """
+
+    name: str = "partition-graph"
+
+    def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
+        assert ctx.stack is not None
+        assert ctx.modulation is not None
+        flow, by_name = ctx.dataflow(gm), nodes_by_name(gm)
+        latents, indicator = by_name[ctx.stack.latents], by_name[ctx.modulation.modulated_input]
+        timestep = by_name[ctx.modulation.timestep]
+        pairs = [LivePair(by_name[live.value], by_name[live.base]) for live in ctx.stack.live_outputs]
+        if indicator in {pair.value for pair in pairs}:
+            raise Declined(DeclineReason.NO_MODULATED_INPUT, "the stack ends with its first matmul", indicator.name)
+        parts = _split(gm, flow, pairs, (indicator, timestep))
+        check_memory_order(flow, parts, pairs, indicator)
+        _check_modes(flow)
+        _check_shapes([indicator, *(pair.value for pair in pairs)])
+        operands = _operands(flow, parts.blocks, pairs)
+        ctx.partition = Partition(
+            *(tuple(node.name for node in part) for part in (parts.prologue, parts.blocks, parts.epilogue)),
+            operands=tuple(node.name for node in operands),
+            conditioning=tuple(node.name for node in _conditioning(flow, latents, timestep)),
+        )
+        ctx.costs = Costs(total_flops(parts.prologue), total_flops(parts.blocks), total_flops(parts.epilogue))
+        return False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three parts as nodes, each in graph order."""
+
+    prologue: list[fx.Node]
+    blocks: list[fx.Node]
+    epilogue: list[fx.Node]
+
+
+def _split(gm: fx.GraphModule, flow: Dataflow, pairs: list[LivePair], needed: Iterable[fx.Node]) -> Parts:
+    cut = {pair.value for pair in pairs}
+    starts = [*gm.graph.output_node().all_input_nodes, *needed, *(pair.base for pair in pairs)]
+    starts += [writer for node in flow.nodes if node.op == "placeholder" for writer in _writers(flow, node)]
+    keep = flow.backward(starts, stop=cut) & flow.live
+    keep |= {node for node in flow.live if op_name(node) == "getitem" and keep & set(_tuple_source(node))}
+    behind = flow.forward(cut) & keep
+    inner = [node for node in flow.sort(flow.live) if node.op not in ("placeholder", "output")]
+    return Parts(
+        prologue=[node for node in inner if node in keep and node not in behind],
+        blocks=[node for node in inner if node not in keep],
+        epilogue=[node for node in inner if node in behind],
+    )
+
+
+def _tuple_source(node: fx.Node) -> list[fx.Node]:
+    """The several results that the node picks one of; only the pick, not the tuple, can enter a branch."""
+    return [source for source in node.all_input_nodes if isinstance(fake_value(source), (tuple, list))]
+
+
+def _writers(flow: Dataflow, placeholder: fx.Node) -> list[fx.Node]:
+    return [writer for storage in storages(placeholder) for writer in flow.writers.get(storage, [])]
+
+
+def _operands(flow: Dataflow, blocks: list[fx.Node], pairs: list[LivePair]) -> list[fx.Node]:
+    """Values that the branches take in: never a view of another, never a tuple, never an attribute of the graph.
+
+    A view is derived anew inside the branch from the memory that it looks at, because cond allows no two operands to
+    alias.
+    """
+    inside = set(blocks)
+    outside = dict.fromkeys(argument for node in blocks for argument in node.all_input_nodes if argument not in inside)
+    outside.update(dict.fromkeys(pair.base for pair in pairs))
+    roots: dict[fx.Node, None] = {}
+    todo = list(outside)
+    while todo:
+        node = todo.pop()
+        source = view_source(node)
+        if source is not None:
+            todo += node.all_input_nodes  # sizes of a view may be values too
+        elif not (node.op == "get_attr" and fake_value(node) is None):
+            roots[node] = None
+    return flow.sort(roots)
+
+
+def _conditioning(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[fx.Node]:
+    """Inputs that tell prompts apart: text embeddings and the like; without any, whatever else the caller passes."""
+    others = [
+        node
+        for node in flow.nodes
+        if is_user_input(node) and node not in (latents, timestep) and isinstance(fake_value(node), torch.Tensor)
+    ]
+    embeddings = [node for node in others if fake_tensors(node)[0].is_floating_point() and fake_tensors(node)[0].ndim > 1]
+    return embeddings or others
+
+
+def _check_modes(flow: Dataflow) -> None:
+    for node in flow.nodes:
+        if is_mode(node):
+            raise Declined(DeclineReason.MODE_ACROSS_CUT, f"`{node.target}` inside forward", node.name)
+
+
+def _check_shapes(nodes: Iterable[fx.Node]) -> None:
+    for node in nodes:
+        for size in fake_tensors(node)[0].shape:
+            if isinstance(size, torch.SymInt) and any(s.name.startswith("u") for s in size.node.expr.free_symbols):
+                detail = f"size {size} of the state is known only after running the model"
+                raise Declined(DeclineReason.UNKNOWN_STATE_SHAPE, detail, node.name)

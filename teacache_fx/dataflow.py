@@ -1,0 +1,111 @@
+"""Who needs what in a graph, in-place writes included.
+
+An FX edge says that a node takes another's value. It does not say that `out[..., 0::2] = x` must come along when `out`
+is taken. Here a node's predecessors are its arguments and every earlier writer to the memory that it reads, so that a
+slice which holds a tensor holds the writers to it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import fx
+
+from teacache_fx.graph import fake_value, op_name, storages, written_arguments
+
+_MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+
+
+class Dataflow:
+    """Dependencies of one graph. A snapshot: build it anew after an edit.
+
+    Attributes:
+        order: position of each node in the graph.
+        predecessors: arguments of a node and earlier writers to the memory that it reads.
+        successors: the converse.
+        writers: for each storage that is written at all, its writers in graph order.
+        live: the nodes that an output, a write to an input or an effect needs.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.order = {node: position for position, node in enumerate(self.nodes)}
+        self.writers: dict[int, list[fx.Node]] = {}
+        self.predecessors: dict[fx.Node, list[fx.Node]] = {}
+        self.successors: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            self._add(node)
+        self.live = self.backward(self._roots())
+
+    def _add(self, node: fx.Node) -> None:
+        arguments = list(dict.fromkeys(node.all_input_nodes))
+        needed = dict.fromkeys(arguments)
+        if self.writers:
+            for argument in arguments:
+                for storage in storages(argument) & self.writers.keys():
+                    needed.update(dict.fromkeys(self.writers[storage]))
+        self.predecessors[node] = list(needed)
+        for predecessor in needed:
+            self.successors[predecessor].append(node)
+        for argument in written_arguments(node):
+            for storage in storages(argument):
+                self.writers.setdefault(storage, []).append(node)
+
+    def _roots(self) -> list[fx.Node]:
+        roots = [node for node in self.nodes if node.op == "output" or is_mode(node) or _is_assertion(node)]
+        for node in self.nodes:
+            if node.op == "placeholder" and self.writers:
+                roots += [writer for storage in storages(node) for writer in self.writers.get(storage, [])]
+        return roots
+
+    def backward(self, starts: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+        """All that the starts need, themselves included; what lies only behind a node of `stop` is left out."""
+        return _reach(starts, self.predecessors, stop)
+
+    def forward(self, starts: Iterable[fx.Node]) -> set[fx.Node]:
+        """All that depends on the starts, themselves included."""
+        return _reach(starts, self.successors, ())
+
+    def sort(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """The nodes in graph order."""
+        return sorted(nodes, key=self.order.__getitem__)
+
+
+def _reach(
+    starts: Iterable[fx.Node], edges: dict[fx.Node, list[fx.Node]], stop: Collection[fx.Node]
+) -> set[fx.Node]:
+    reached: set[fx.Node] = set()
+    todo = list(starts)
+    while todo:
+        node = todo.pop()
+        if node not in reached and node not in stop:
+            reached.add(node)
+            todo.extend(edges[node])
+    return reached
+
+
+def is_mode(node: fx.Node) -> bool:
+    """Whether the node switches a mode (autocast, grad) for the nodes that follow it."""
+    return op_name(node) in _MODES
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    name = op_name(node)
+    return name.startswith(("_assert", "sym_constrain")) or name == "_check"
+
+
+def view_source(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory the node's value lies in, or `None` if the value is memory of its own.
+
+    Covers views, tuples of views (chunk, split), no-op casts and the result of an in-place write.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return None
+    own = storages(node)
+    if not own:
+        return None
+    source = next((argument for argument in node.all_input_nodes if own <= storages(argument)), None)
+    if source is None or isinstance(fake_value(source), torch.Tensor) or view_source(source) is not None:
+        return source
+    return None  # one of several fresh results, such as of topk

@@ -1,0 +1,84 @@
+"""Typed refusals: why a graph was not rewritten, and what the user can do about it."""
+
+from __future__ import annotations
+
+import enum
+
+
+class DeclineReason(enum.Enum):
+    """Why a captured graph was left as it is. The value is the text shown to users; `remedy` is the way out."""
+
+    NO_LATENTS = "no latents found"
+    NO_TIMESTEP = "no timestep found"
+    NO_REPEATED_BLOCKS = "no repeated blocks"
+    SINGLE_BLOCK = "single blocks only"
+    NO_MODULATED_INPUT = "no modulated input found"
+    NO_MATCHING_INPUT = "output of the block stack matches none of its inputs"
+    MUTATION_ACROSS_CUT = "in-place write across the cut"
+    MODE_ACROSS_CUT = "context manager inside the graph"
+    GRADIENTS_NEEDED = "gradients needed"
+    VMAP = "vmap"
+    UNKNOWN_STATE_SHAPE = "state shape unknown"
+    NOT_A_MODEL = "not a model"
+    ALREADY_REWRITTEN = "already rewritten"
+
+    @property
+    def remedy(self) -> str:
+        """What the user can change so that the graph is rewritten."""
+        return _REMEDIES[self]
+
+
+_REMEDIES = {
+    DeclineReason.NO_LATENTS: "pass the latents as a floating-point tensor of the shape that the model returns",
+    DeclineReason.NO_TIMESTEP: "pass the timestep as a tensor argument of the module that is compiled",
+    DeclineReason.NO_REPEATED_BLOCKS: (
+        "compile the whole transformer; its blocks must be repeated modules that carry the latents one to the next "
+        "(if the capture broke inside the block loop, compile with fullgraph=True to see where)"
+    ),
+    DeclineReason.SINGLE_BLOCK: (
+        "compile the whole transformer (transformer.compile(backend=...)) instead of its blocks one by one "
+        "(compile_repeated_blocks): the decision to skip spans all of them"
+    ),
+    DeclineReason.NO_MODULATED_INPUT: "the first block must apply a linear, conv or matmul to the latents' tokens",
+    DeclineReason.NO_MATCHING_INPUT: (
+        "the block stack must carry a tensor in and out with the same shape, so that a residual can be cached"
+    ),
+    DeclineReason.MUTATION_ACROSS_CUT: "make the named in-place write functional (torch.cat, torch.where, out = x + y)",
+    DeclineReason.MODE_ACROSS_CUT: "enter the context manager around the call of the model, not inside its forward",
+    DeclineReason.GRADIENTS_NEEDED: (
+        "the cache serves inference: call the model under torch.no_grad() or torch.inference_mode(), "
+        "or call model.requires_grad_(False)"
+    ),
+    DeclineReason.VMAP: "call the model on a batch instead of mapping it with torch.vmap",
+    DeclineReason.UNKNOWN_STATE_SHAPE: "the token count must follow from the shapes of the inputs, not from their values",
+    DeclineReason.NOT_A_MODEL: "compile an nn.Module with parameters and call it with tensors",
+    DeclineReason.ALREADY_REWRITTEN: "rewrite the original model once",
+}
+
+
+class Declined(Exception):  # noqa: N818 - a public name: declining is a normal result, not an error
+    """A graph cannot be rewritten.
+
+    Attributes:
+        reason: the typed reason.
+        detail: what was found in this graph.
+        node: name of the graph node concerned, or `None`.
+    """
+
+    def __init__(self, reason: DeclineReason, detail: str, node: str | None = None) -> None:
+        self.reason = reason
+        self.detail = detail
+        self.node = node
+        super().__init__(reason, detail, node)
+
+    def __str__(self) -> str:
+        where = f" (node `{self.node}`)" if self.node else ""
+        return f"{self.reason.value}: {self.detail}{where}. Way out: {self.reason.remedy}."
+
+
+class TeaCacheWarning(UserWarning):
+    """Category of every warning of this package, so that callers can filter them."""
+
+
+class VerificationError(AssertionError):
+    """A rewriting pass broke the contract of the graph: a bug of this package, never of the user's model."""

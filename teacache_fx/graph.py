@@ -1,0 +1,200 @@
+"""Reading and copying FX graphs as dynamo captures them. All use of private torch API stands in this file.
+
+Tried on torch 2.11, 2.13 and 2.15 where a function says nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_FAKE_KEYS = ("example_value", "val")  # dynamo and export name them differently
+_ATTRIBUTE_STEP = re.compile(r"\.__dict__\['_modules'\]\['(\w+)'\]|\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]")
+_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What the node yields, as recorded at capture: a fake tensor, a tuple of them, a SymInt, or `None` if unknown."""
+    for key in _FAKE_KEYS:
+        if key in node.meta:
+            return node.meta[key]
+    return None
+
+
+def set_fake_value(node: fx.Node, value: Any) -> None:
+    """Records what a new node yields. AOTAutogradCache looks for dynamo's key."""
+    node.meta["example_value"] = value
+
+
+def fake_tensors(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors among what the node yields."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(fake_value(node)) if isinstance(leaf, torch.Tensor)]
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor:
+    """The fake tensor of a node that yields exactly one."""
+    value = fake_value(node)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"node `{node.name}` yields {type(value).__name__}, not one tensor")
+    return value
+
+
+def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Adds a call whose fake value is what the call yields on its arguments' fake values."""
+    node = graph.call_function(target, args, kwargs)
+    set_fake_value(node, target(*fx.node.map_arg(args, fake_value), **fx.node.map_arg(kwargs, fake_value)))
+    return node
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The mode that the graph's fake tensors live in.
+
+    Raises:
+        ValueError: no node of the graph has a fake value.
+    """
+    # Not torch's detect_fake_mode: inside a backend that answers with the fresh mode that dynamo made for the backend.
+    for node in graph.nodes:
+        for tensor in fake_tensors(node):
+            if isinstance(tensor, FakeTensor):
+                return tensor.fake_mode
+    raise ValueError("the graph holds no fake values: capture it with torch.compile or torch.export first")
+
+
+def storages(node: fx.Node) -> set[int]:
+    """Identities of the storages that the node's tensors live in. Tensors share one exactly if they alias."""
+    return {tensor.untyped_storage()._cdata for tensor in fake_tensors(node) if tensor.layout == torch.strided}
+
+
+def op_name(node: fx.Node) -> str:
+    """Plain name of what a node calls: `linear`, `chunk`, `setitem`; empty for nodes that call nothing."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """Argument nodes whose memory the node writes: exact from the schema of an operator, else by torch's naming."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return [argument for argument in _schema_writes(node, target) if isinstance(argument, fx.Node)]
+    written = [node.kwargs["out"]] if "out" in node.kwargs else []
+    if node.args and _writes_first_argument(node):
+        written.append(node.args[0])
+    return [argument for argument in written if isinstance(argument, fx.Node)]
+
+
+def _schema_writes(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[Any]:
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)
+
+
+def _writes_first_argument(node: fx.Node) -> bool:
+    name = op_name(node)
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or (name.startswith("i") and name[1:] in _IN_PLACE_OPERATORS)
+    in_place_name = name.endswith("_") and not name.endswith("__")
+    return in_place_name or name == "__setitem__" or bool(node.kwargs.get("inplace"))
+
+
+_IN_PLACE_OPERATORS = {
+    "add", "and", "concat", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"
+}  # fmt: skip
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that the node was captured in, from the root; empty at the root."""
+    stack = node.meta.get("nn_module_stack")
+    return clean_path(list(stack.values())[-1][0]) if stack else ""
+
+
+def block_of(node: fx.Node) -> tuple[str, int, str] | None:
+    """The outermost list element that the node belongs to, as (path of the list, index, class name of the element)."""
+    path = module_path(node)
+    match = _BLOCK.search(path)
+    if match is None or match.start() == 0:
+        return None
+    element = path[: match.end(1)]
+    for raw, owner in node.meta["nn_module_stack"].values():
+        if clean_path(raw) == element:
+            return path[: match.start()], int(match.group(1)), owner.__name__ if isinstance(owner, type) else str(owner)
+    return path[: match.start()], int(match.group(1)), ""
+
+
+def clean_path(raw: str) -> str:
+    """Turns dynamo's `L['self'].__dict__['_modules']['blocks'].0.norm` into `blocks.0.norm`."""
+    path = re.sub(r"^L\['self'\]|^self", "", raw)
+    path = _ATTRIBUTE_STEP.sub(lambda step: "." + next(part for part in step.groups() if part), path)
+    return path.strip(".")
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where dynamo took an input from, such as `L['kwargs']['timestep']`; the placeholder's own name if unknown."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return placeholder.name
+    return str(source.name() if callable(source.name) else source.name)  # a method until torch 2.10
+
+
+def is_user_input(placeholder: fx.Node) -> bool:
+    """Whether the caller passes this input at each call, as against a parameter, buffer or attribute of the model."""
+    return placeholder.op == "placeholder" and not source_name(placeholder).startswith("L['self']")
+
+
+def argument_name(placeholder: fx.Node) -> str:
+    """The caller's name of an input: `timestep` for `L['kwargs']['timestep']`."""
+    names = re.findall(r"\['(\w+)'\]|\.(\w+)", source_name(placeholder))
+    return "".join(names[-1]) if names else placeholder.name
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph can be edited freely; attributes and fake values are shared with the original.
+
+    Dynamo goes on reading the original's placeholders after the backend has returned, and AOTAutograd expects
+    `_dynamo_source` on each placeholder of what it is given.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda original: copies[original])
+        copies[node].meta = dict(node.meta)
+        if hasattr(node, "_dynamo_source"):
+            copies[node]._dynamo_source = node._dynamo_source
+    copy = fx.GraphModule(gm, graph, class_name="GraphModule")
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def mark_as_state(placeholder: fx.Node) -> None:
+    """Tells dynamo's and AOTAutograd's bookkeeping that this input comes from the cache, not from the user's code."""
+    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder.meta["tensor_dict"] = {}
+
+
+def compiled_root() -> nn.Module | None:
+    """Inside a dynamo backend: the module whose forward is being compiled, or `None` for a plain function."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        root = InstructionTranslator.current_tx().output.local_scope.get("self")
+    except (AttributeError, LookupError):  # not called by dynamo
+        return None
+    return root if isinstance(root, nn.Module) else None
+
+
+def runs_under_vmap(graph: fx.Graph) -> bool:
+    """Whether the graph was captured inside or around a functorch transform."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any("_functorch" in str(getattr(node.target, "__module__", "")) for node in graph.nodes)

@@ -1,0 +1,134 @@
+"""The facts that analysis finds about a graph. Passes meet here: analysis fills the plan, rewriting reads it.
+
+Nodes are held by name: a working copy of a graph keeps the names of the original, and names can be printed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One list of repeated blocks inside the stack.
+
+    Attributes:
+        path: module path of the list, such as `transformer_blocks`.
+        num_blocks: how many of its blocks the stack runs.
+        block_classes: class names of the blocks, without repetition, in order of appearance.
+        num_kinds: how many different op sequences the blocks have.
+    """
+
+    path: str
+    num_blocks: int
+    block_classes: tuple[str, ...]
+    num_kinds: int
+
+    def __str__(self) -> str:
+        kinds = "all alike" if self.num_kinds == 1 else f"{self.num_kinds} kinds"
+        return f"{self.path}: {self.num_blocks} x {' | '.join(self.block_classes)} ({kinds})"
+
+
+@dataclass(frozen=True)
+class LiveOutput:
+    """A value of the stack that is used after it, and the input of the stack that its residual is taken against.
+
+    Attributes:
+        value: node name of the stack's output.
+        base: node name of the stack's input of the same shape.
+        shape: sizes as printed, symbols included.
+        dtype: of the value and of its residual.
+    """
+
+    value: str
+    base: str
+    shape: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """The repeated blocks that carry the latents.
+
+    Attributes:
+        lists: the lists of blocks that it is made of, in order of execution.
+        latents: name of the placeholder that holds the latents.
+        region: names of the stack's nodes that depend on the latents, in graph order.
+        live_outputs: what is used after the stack, each with what entered it.
+    """
+
+    lists: tuple[BlockList, ...]
+    latents: str
+    region: tuple[str, ...]
+    live_outputs: tuple[LiveOutput, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all lists together."""
+        return sum(part.num_blocks for part in self.lists)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """The tensor on which steps are compared.
+
+    Attributes:
+        modulated_input: node name of the indicator.
+        pattern: name of the modulation pattern that confirmed it.
+        timestep: name of the placeholder that holds the timestep.
+        block: module path of the block that it was found in.
+    """
+
+    modulated_input: str
+    pattern: str
+    timestep: str
+    block: str
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Every live node that is not a placeholder belongs to exactly one part, in graph order.
+
+    Attributes:
+        prologue: runs on every step before the decision.
+        blocks: moves into the branch `run_blocks`.
+        epilogue: runs on every step after the branch.
+        operands: values that the branch takes from outside it.
+        conditioning: placeholders whose identity tells one prompt or guidance branch from another.
+    """
+
+    prologue: tuple[str, ...]
+    blocks: tuple[str, ...]
+    epilogue: tuple[str, ...]
+    operands: tuple[str, ...]
+    conditioning: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Floating-point operations of each part in one step; ints, or symbolic where shapes are."""
+
+    prologue: Any
+    blocks: Any
+    epilogue: Any
+
+    @property
+    def total(self) -> Any:
+        """FLOPs of a computed step."""
+        return self.prologue + self.blocks + self.epilogue
+
+    @property
+    def skipped_share(self) -> float:
+        """Share of a computed step's FLOPs that a skipped step still pays, from 0 to 1."""
+        return float((self.prologue + self.epilogue) / self.total) if self.total else 1.0
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """All that the rewriting passes need to know about one graph."""
+
+    stack: BlockStack
+    modulation: Modulation
+    partition: Partition
+    costs: Costs

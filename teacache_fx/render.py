@@ -1,0 +1,68 @@
+"""One text form of a graph, for logs, goldens and docs: one node a line, with shapes, dtypes and module paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from teacache_fx.graph import clean_path, fake_value, is_user_input, module_path, op_name, source_name
+
+_SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
+
+
+def render(gm: fx.GraphModule) -> str:
+    """The graph as text, subgraphs of conds below it. Stable between processes and machines."""
+    sections = ["graph:", *(f"  {line}" for line in _lines(gm))]
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and isinstance(branch := getattr(gm, str(node.target), None), fx.GraphModule):
+            sections += [f"{node.target}:", *(f"  {line}" for line in _lines(branch))]
+    return "\n".join(sections) + "\n"
+
+
+def _lines(gm: fx.GraphModule) -> list[str]:
+    names = {node: _name(node) for node in gm.graph.nodes}
+    return [_line(node, names) for node in gm.graph.nodes]
+
+
+def _name(node: fx.Node) -> str:
+    """Parameters are called by their module path, all else by the node's name."""
+    if node.op == "placeholder" and getattr(node, "_dynamo_source", None) is not None and not is_user_input(node):
+        path = source_name(node)
+        for container in ("_parameters", "_buffers"):
+            path = path.replace(f".__dict__['{container}']", "").replace(f"._{container}", "")
+        return clean_path(path)
+    return node.name
+
+
+def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    kind = _describe(fake_value(node))
+    if node.op == "placeholder":
+        return f"input {names[node]}: {kind}"
+    if node.op == "output":
+        return f"return {_argument(node.args[0], names)}"
+    arguments = [_argument(argument, names) for argument in node.args]
+    arguments += [f"{key}={_argument(value, names)}" for key, value in node.kwargs.items()]
+    path = module_path(node)
+    call = op_name(node) or f"{node.op} {node.target}"
+    return f"{names[node]}: {kind} = {call}({', '.join(arguments)})" + (f"  # {path}" if path else "")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{_SHORT.get(dtype, dtype)}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_describe, value))})"
+    return "-" if value is None else str(value)
+
+
+def _argument(argument: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(argument, fx.Node):
+        return names[argument]
+    if isinstance(argument, (tuple, list)):
+        return f"[{', '.join(_argument(item, names) for item in argument)}]"
+    if isinstance(argument, dict):
+        return "{" + ", ".join(f"{key}: {_argument(item, names)}" for key, item in argument.items()) + "}"
+    return str(argument)

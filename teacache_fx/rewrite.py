@@ -1,0 +1,118 @@
+"""Runs the pipeline of passes on a working copy of a captured graph."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from teacache_fx.coefficients import evaluate, horner
+from teacache_fx.config import ResolvedConfig
+from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.graph import copy_graph_module, fake_value, runs_under_vmap
+from teacache_fx.passes import ANALYSIS, REWRITING, Pass, PassContext
+from teacache_fx.passes.verify import verify
+from teacache_fx.plan import CachePlan
+from teacache_fx.policy import Policy
+from teacache_fx.render import render
+from teacache_fx.signature import CacheSignature
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewrittenGraph:
+    """A rewritten copy of a graph and how to call it.
+
+    Attributes:
+        gm: takes the model's inputs and then the state; returns the model's outputs, the new state and the records.
+        plan: the facts that the rewriting was made from.
+        signature: layout of the added inputs and outputs.
+    """
+
+    gm: fx.GraphModule
+    plan: CachePlan
+    signature: CacheSignature
+
+
+class Pipeline:
+    """Runs passes on one working copy, and observes: logs and times each, and verifies after each that edited.
+
+    Attributes:
+        timings: seconds per pass, in the order in which they ran.
+    """
+
+    def __init__(self, gm: fx.GraphModule, config: ResolvedConfig) -> None:
+        self.timings: dict[str, float] = {}
+        self.original = gm
+        self.gm = gm
+        self.context = PassContext(policy_of(config))
+        self._known = {node.name for node in gm.graph.nodes}
+
+    def analyse(self) -> CachePlan:
+        """Finds the plan; edits nothing.
+
+        Raises:
+            Declined: the graph cannot be rewritten.
+        """
+        _check_capture(self.gm)
+        for step in ANALYSIS:
+            self._run(step)
+        return self.context.plan
+
+    def rewrite(self) -> RewrittenGraph:
+        """Rewrites a copy from the plan. The original graph is not touched.
+
+        Raises:
+            Declined: the graph cannot be rewritten.
+            VerificationError: a pass broke its contract.
+        """
+        plan = self.context.plan
+        self.gm = copy_graph_module(self.original)
+        for step in REWRITING:
+            self._run(step)
+        self.gm.recompile()
+        assert self.context.signature is not None
+        return RewrittenGraph(self.gm, plan, self.context.signature)
+
+    def _run(self, step: Pass) -> None:
+        started = time.perf_counter()
+        changed = step(self.gm, self.context)
+        if changed:
+            verify(self.gm, self._known, step.name)
+        self.timings[step.name] = time.perf_counter() - started
+        log.info("%s: %s, %.1f ms", step.name, "changed" if changed else "read", 1e3 * self.timings[step.name])
+        if changed and log.isEnabledFor(logging.DEBUG):
+            log.debug("graph after %s:\n%s", step.name, render(self.gm))
+
+
+def policy_of(config: ResolvedConfig) -> Policy:
+    """The traced policy with the config's numbers in it; the polynomial is in Horner form."""
+    settings = config.config
+    expression = horner(config.coefficients)
+
+    def rescale(rel_l1: Tensor) -> Tensor:
+        value = torch.as_tensor(evaluate(expression, rel_l1)) if expression.free_symbols else rel_l1 * 0 + float(expression)
+        return value.abs() if settings.accumulation == "abs" else value
+
+    return Policy(
+        settings.rel_l1_thresh, rescale, settings.num_warmup_steps, settings.num_final_steps, settings.max_consecutive_skips
+    )
+
+
+def _check_capture(gm: fx.GraphModule) -> None:
+    if runs_under_vmap(gm.graph):
+        raise Declined(DeclineReason.VMAP, "the graph is mapped over a batch dimension by functorch")
+    tensors = [node for node in gm.graph.nodes if node.op == "placeholder" and isinstance(fake_value(node), Tensor)]
+    if not tensors:
+        raise Declined(DeclineReason.NOT_A_MODEL, "the graph takes no tensor")
+    if any(node.target is torch.ops.higher_order.cond and "reuse_residual" in str(node.args) for node in gm.graph.nodes):
+        raise Declined(DeclineReason.ALREADY_REWRITTEN, "the graph holds a reuse_residual branch")
+    if torch.is_grad_enabled():
+        learning = [node for node in tensors if fake_value(node).requires_grad]
+        if learning:
+            detail = f"grad mode is on and {len(learning)} inputs or parameters require gradients"
+            raise Declined(DeclineReason.GRADIENTS_NEEDED, detail, learning[0].name)
