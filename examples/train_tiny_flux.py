@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .tiny_flux import scenes
 from .tiny_flux.pipeline import DEFAULT_CONFIG, TIMESTEP_SHIFT, PixelShuffleAutoencoder, TinyFlux, save_weights
@@ -85,8 +85,8 @@ def _masks_of(shape: str) -> Tensor:
 def pack(pictures: Tensor) -> Tensor:
     """Pictures [n, 3, 32, 32] to the token layout `FluxPipeline` uses: [n, 64, 48], same dtype."""
     latents = PixelShuffleAutoencoder().encode(pictures)
-    patches = latents.unflatten(2, (GRID, 2)).unflatten(4, (GRID, 2))
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(len(pictures), GRID * GRID, -1)
+    patches = latents.reshape(len(pictures), -1, GRID, 2, GRID, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(len(pictures), GRID * GRID, -1)
 
 
 def image_ids() -> Tensor:
@@ -119,7 +119,8 @@ def flow_loss(model: TinyFlux, x0: Tensor, tokens: Tensor, noise: Tensor, s: Ten
             txt_ids=torch.zeros(MAX_TOKENS, 3),
             return_dict=False,
         )
-    return (velocity.float() - (noise - x0)).square().mean()
+    error: Tensor = velocity.float() - (noise - x0)
+    return error.square().mean()
 
 
 class Trainer:
@@ -146,7 +147,7 @@ class Trainer:
         return options.learning_rate * factor
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This step's (x0, tokens, noise, s), a function of the seed and the step alone."""
+        """Make (x0, tokens, noise, s) of the current step, a function of the seed and the step alone."""
         n = self.options.batch_size
         generator = torch.Generator().manual_seed((self.options.seed << 32) + self.step)
         x0, tokens = self.batches.draw(n, generator)
@@ -233,9 +234,7 @@ def main() -> None:
     parser.add_argument("--time-limit-minutes", type=float, default=math.inf)
     parser.add_argument("--save-every", type=int, default=250)
     args = parser.parse_args()
-    options = Options(
-        steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed
-    )
+    options = Options(steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed)
     checkpoint_dir = args.checkpoint_dir or args.out
     checkpoint_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = checkpoint_dir / CHECKPOINT_NAME

@@ -5,16 +5,19 @@ Tried on torch 2.11, 2.13 and 2.15 where a function says nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _FAKE_KEYS = ("example_value", "val")  # dynamo and export name them differently
 _ATTRIBUTE_STEP = re.compile(r"\.__dict__\['_modules'\]\['(\w+)'\]|\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]")
+_MODULE_CONTAINERS = ("_parameters", "_buffers", "_modules")
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -149,7 +152,9 @@ def source_name(placeholder: fx.Node) -> str:
 
 def is_user_input(placeholder: fx.Node) -> bool:
     """Whether the caller passes this input at each call, as against a parameter, buffer or attribute of the model."""
-    return placeholder.op == "placeholder" and not source_name(placeholder).startswith("L['self']")
+    name = source_name(placeholder)
+    from_module = name.startswith(("L['self']", "G[")) or any(part in name for part in _MODULE_CONTAINERS)
+    return placeholder.op == "placeholder" and not from_module
 
 
 def argument_name(placeholder: fx.Node) -> str:
@@ -198,3 +203,16 @@ def runs_under_vmap(graph: fx.Graph) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return any("_functorch" in str(getattr(node.target, "__module__", "")) for node in graph.nodes)
+
+
+def state_examples(gm: fx.GraphModule, num_inputs: int) -> list[torch.Tensor]:
+    """Example inputs for the placeholders behind the first `num_inputs`, in the fake mode that dynamo made for backends.
+
+    The graph's own fake values live in the mode of the capture, which AOTAutograd would not mix with the backend's.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    fakes = [tensor_of(node) for node in placeholders[num_inputs:]]
+    with mode or contextlib.nullcontext():
+        return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in fakes] if mode else fakes

@@ -11,7 +11,7 @@ shape, size or position, and so fails every prompt.
 import argparse
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def check_picture(scene: Scene, picture: Picture) -> dict[str, bool]:
     return {name: getattr(reading, name) == value for name, value in wanted.items() if value is not None}
 
 
-def accuracy(scenes: Sequence[Scene], pictures: Sequence[Picture]) -> dict[str, tuple[int, int]]:
+def accuracy(scenes: Sequence[Scene], pictures: Iterable[Picture]) -> dict[str, tuple[int, int]]:
     """(right, mentioned) per attribute, and under "all" how many pictures are right in all that is mentioned."""
     checks = [check_picture(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
     counts = {}

@@ -17,10 +17,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+# Type checkers see placeholder classes under the names that the top-level package exports.
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .text_encoder import TinyTextEncoder, tokenize
 
@@ -69,13 +73,13 @@ class PixelShuffleAutoencoder(nn.Module):
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] to latents [B, 12, H/2, W/2], same dtype."""
-        return F.pixel_unshuffle(pictures, 2)
+        return pixel_unshuffle(pictures, 2)
 
     def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """Latents [B, 12, h, w] to pictures ([B, 3, 2h, 2w],), same dtype; always a tuple."""
         if return_dict:
             raise ValueError("PixelShuffleAutoencoder.decode returns a tuple; pass return_dict=False")
-        return (F.pixel_shuffle(latents, 2),)
+        return (pixel_shuffle(latents, 2),)
 
 
 class TinyFlux(nn.Module):
@@ -88,7 +92,7 @@ class TinyFlux(nn.Module):
         self.text_encoder = TinyTextEncoder(config["joint_attention_dim"], config["pooled_projection_dim"])
 
 
-class TinyFluxPipeline(FluxPipeline):  # type: ignore[misc]
+class TinyFluxPipeline(FluxPipeline):
     """`FluxPipeline` with a text encoder for the little vocabulary."""
 
     prompt_encoder: TinyTextEncoder
@@ -111,17 +115,19 @@ class TinyFluxPipeline(FluxPipeline):  # type: ignore[misc]
 
 def build_pipeline(model: TinyFlux) -> TinyFluxPipeline:
     """A pipeline around `model`, which it shares and does not copy."""
-    pipe = TinyFluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=TIMESTEP_SHIFT),
-        vae=PixelShuffleAutoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=model.transformer,
-    )
+    # FluxPipeline allows None for text parts when it is given embeddings, though its annotations do not say so.
+    components: dict[str, Any] = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=TIMESTEP_SHIFT),
+        "vae": PixelShuffleAutoencoder(),
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+        "transformer": model.transformer,
+    }
+    pipe = TinyFluxPipeline(**components)
     pipe.prompt_encoder = model.text_encoder
-    pipe.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]
     return pipe
 
 

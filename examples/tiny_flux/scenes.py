@@ -88,7 +88,7 @@ class Scene:
         return f"{thing} on {_with_article(self.background)} background{place}"
 
     def complete(self, rng: random.Random) -> "Scene":
-        """This scene with a random size and position where it has none."""
+        """The same scene with a random size and position where it has none."""
         return replace(self, size=self.size or rng.choice(SIZES), position=self.position or rng.choice(POSITIONS))
 
     def draw(self) -> Tensor:
@@ -166,7 +166,9 @@ def held_back_scenes(n: int, seed: int) -> list[Scene]:
     """`n` scenes that training never shows; size and position are each mentioned in about half of them."""
     rng = random.Random(seed)
     return [
-        Scene(*rng.choice(triples(True)), rng.choice([None, rng.choice(SIZES)]), rng.choice([None, rng.choice(POSITIONS)]))
+        Scene(
+            *rng.choice(triples(True)), rng.choice([None, rng.choice(SIZES)]), rng.choice([None, rng.choice(POSITIONS)])
+        )
         for _ in range(n)
     ]
 

@@ -1,0 +1,71 @@
+"""Which state serves a call: by the name that the caller gives, else by the identity of the conditioning tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+
+_names: ContextVar[tuple[tuple[weakref.ref[nn.Module], str], ...]] = ContextVar("teacache_fx_contexts", default=())
+
+
+@contextlib.contextmanager
+def cache_context(model: nn.Module, name: str) -> Iterator[None]:
+    """Names the guidance branch that calls of `model` belong to: `with cache_context(transformer, "cond"): ...`.
+
+    Args:
+        model: the transformer, compiled or not.
+        name: any non-empty text; calls under different names never share a state.
+
+    Raises:
+        TypeError: `name` is not a string.
+        ValueError: `name` is empty.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string such as 'cond', got {name!r}")
+    if not name:
+        raise ValueError("name must not be empty; call the model without cache_context to leave it unnamed")
+    token = _names.set(((weakref.ref(original(model)), name), *_names.get()))
+    try:
+        yield
+    finally:
+        _names.reset(token)
+
+
+def context_name(model: nn.Module | None) -> str | None:
+    """The innermost name set for the model in this thread, if any."""
+    return next((name for reference, name in _names.get() if reference() is model), None)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The module behind what `torch.compile(module)` returns."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+class Identity:
+    """Tells whether a call is conditioned on the very same tensors as an earlier one.
+
+    Note [Identity]: a pipeline passes the same embeddings object at each step and another for the negative branch. The
+    id alone would not do: a freed tensor's address is given to the next one, and a prompt can be changed in place.
+    So the tensors are held as weak references together with their version counters.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._references = [weakref.ref(tensor) for tensor in tensors]
+        self._versions = [_version(tensor) for tensor in tensors]
+
+    def matches(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors remembered, alive and unchanged since."""
+        return all(
+            reference() is tensor and version == _version(tensor)
+            for reference, version, tensor in zip(self._references, self._versions, tensors, strict=True)
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """Inference tensors have no version counter; they can only be told apart as objects."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,87 @@
+"""Calls a compiled, rewritten graph: picks the state, passes it in, takes the new one out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from teacache_fx.config import TeaCacheConfig
+from teacache_fx.contexts import context_name
+from teacache_fx.graph import fake_value, is_user_input
+from teacache_fx.rewrite import RewrittenGraph
+from teacache_fx.state import StateStore
+
+
+class CachedGraph:
+    """What dynamo calls in place of the captured graph. It looks at no value, so it never waits for the device."""
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        rewritten: RewrittenGraph,
+        store: StateStore,
+        owner: nn.Module,
+        config: TeaCacheConfig,
+    ) -> None:
+        placeholders = [node for node in rewritten.gm.graph.nodes if node.op == "placeholder"]
+        placeholders = placeholders[: rewritten.signature.num_inputs]
+        conditioning = set(rewritten.plan.partition.conditioning)
+        self._compiled, self._store = compiled, store
+        self._owner = weakref.ref(owner)
+        self._num_inference_steps = config.num_inference_steps or 0
+        self._num_outputs = rewritten.signature.num_outputs
+        self._state_shapes = StateShapes(placeholders, rewritten.signature.tensors)
+        self._conditioning = [i for i, node in enumerate(placeholders) if node.name in conditioning]
+        self._user_inputs = [
+            i for i, node in enumerate(placeholders) if is_user_input(node) and isinstance(fake_value(node), Tensor)
+        ]
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """Runs one denoising step."""
+        name = context_name(self._owner())
+        shapes = tuple((args[i].shape, args[i].dtype, args[i].device) for i in self._user_inputs)
+        state = self._store.select(name, [args[i] for i in self._conditioning], shapes)
+        inputs = state.inputs(lambda: self._state_shapes.allocate(args), self._num_inference_steps)
+        outputs = self._compiled(*args, *inputs)
+        state.advance(outputs[self._num_outputs :])
+        return outputs[: self._num_outputs]
+
+
+class StateShapes:
+    """Allocates state tensors; sizes that are symbolic are worked out from the arguments of a call."""
+
+    def __init__(self, placeholders: Sequence[fx.Node], fakes: Sequence[Tensor]) -> None:
+        self._fakes = [(tuple(fake.shape), fake.dtype, fake.device) for fake in fakes]
+        self._symbols: dict[Any, tuple[int, int | None]] = {}  # symbol -> argument and its dimension
+        for position, node in enumerate(placeholders):
+            value = fake_value(node)
+            if isinstance(value, torch.SymInt):
+                self._learn(value, position, None)
+            elif isinstance(value, Tensor):
+                for dimension, size in enumerate(value.shape):
+                    self._learn(size, position, dimension)
+
+    def _learn(self, size: Any, position: int, dimension: int | None) -> None:
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            self._symbols.setdefault(size.node.expr, (position, dimension))
+
+    def allocate(self, args: Sequence[Any]) -> list[Tensor]:
+        """Zeros for each state tensor of a call with these arguments."""
+        return [
+            torch.zeros([self._size(size, args) for size in shape], dtype=dtype, device=device)
+            for shape, dtype, device in self._fakes
+        ]
+
+    def _size(self, size: Any, args: Sequence[Any]) -> int:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expression = size.node.expr
+        values = {}
+        for symbol in expression.free_symbols:
+            position, dimension = self._symbols[symbol]
+            values[symbol] = args[position] if dimension is None else args[position].shape[dimension]
+        return int(expression.subs(values))
