@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .tiny_flux import scenes
-from .tiny_flux.pipeline import DEFAULT_CONFIG, TIMESTEP_SHIFT, PixelShuffleAutoencoder, TinyFlux, save_weights
-from .tiny_flux.text_encoder import MAX_TOKENS, tokenize
+from .tiny_flux.batches import SceneBatches, image_ids
+from .tiny_flux.pipeline import DEFAULT_CONFIG, TIMESTEP_SHIFT, TinyFlux, save_weights
+from .tiny_flux.text_encoder import MAX_TOKENS
 
-GRID = scenes.IMAGE_SIZE // 4
 CHECKPOINT_NAME = "checkpoint.pt"
 
 
@@ -42,59 +41,6 @@ class Options:
     seed: int = 0
 
 
-class SceneBatches:
-    """Random scenes as tensors: every prompt and every mask is prepared once, a batch is then only indexing."""
-
-    def __init__(self) -> None:
-        """Tabulate the training triples, their colours, all masks and all token rows."""
-        self.triples = scenes.triples(held_back=False)
-        self.masks = torch.stack([_masks_of(shape) for shape in scenes.SHAPES])
-        self.shape = torch.tensor([scenes.SHAPES.index(shape) for shape, _, _ in self.triples])
-        self.colour = torch.stack([scenes.colour_value(colour) for _, colour, _ in self.triples])
-        self.background = torch.stack([scenes.colour_value(background) for _, _, background in self.triples])
-        # Token rows per (triple, size or unmentioned, position or unmentioned); "unmentioned" comes last.
-        sizes, positions = (*scenes.SIZES, None), (*scenes.POSITIONS, None)
-        prompts = [scenes.Scene(*t, s, p).prompt for t in self.triples for s in sizes for p in positions]
-        self.tokens = tokenize(prompts).view(len(self.triples), len(sizes), len(positions), MAX_TOKENS)
-
-    def indices(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Random (triple, size, position) indices, int64 [n] each."""
-        counts = (len(self.triples), len(scenes.SIZES), len(scenes.POSITIONS))
-        triple, size, position = (torch.randint(count, (n,), generator=generator) for count in counts)
-        return triple, size, position
-
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Packed latents float32 [n, 64, 48] and token ids int64 [n, 12]; half of the sizes and positions unsaid."""
-        triple, size, position = self.indices(n, generator)
-        pictures = scenes.paint(
-            self.masks[self.shape[triple], size, position], self.colour[triple], self.background[triple]
-        )
-        say_size, say_position = (torch.rand(2, n, generator=generator) < 0.5).unbind()
-        said_size = torch.where(say_size, size, len(scenes.SIZES))
-        said_position = torch.where(say_position, position, len(scenes.POSITIONS))
-        return pack(pictures), self.tokens[triple, said_size, said_position]
-
-
-def _masks_of(shape: str) -> Tensor:
-    """Masks of one shape, float32 [sizes, positions, 32, 32]."""
-    return torch.stack(
-        [torch.stack([scenes.shape_mask(shape, size, place) for place in scenes.POSITIONS]) for size in scenes.SIZES]
-    )
-
-
-def pack(pictures: Tensor) -> Tensor:
-    """Pictures [n, 3, 32, 32] to the token layout `FluxPipeline` uses: [n, 64, 48], same dtype."""
-    latents = PixelShuffleAutoencoder().encode(pictures)
-    patches = latents.reshape(len(pictures), -1, GRID, 2, GRID, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(len(pictures), GRID * GRID, -1)
-
-
-def image_ids() -> Tensor:
-    """Row and column of each image token, as `FluxPipeline` numbers them: float32 [64, 3]."""
-    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
-
-
 def start_as_identity(model: TinyFlux) -> None:
     """Zero the modulations and the output, so that each block starts as the identity and training is stable."""
     for name, module in model.transformer.named_modules():
@@ -102,6 +48,16 @@ def start_as_identity(model: TinyFlux) -> None:
         if modulation or name == "proj_out":
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def make_optimizers(model: TinyFlux, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, which learn in fewer steps with it, and AdamW for all the rest."""
+    inside = [p for name, p in model.named_parameters() if "transformer_blocks" in name and p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if "transformer_blocks" not in name or p.ndim != 2]
+    return [
+        torch.optim.Muon(inside, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
+    ]
 
 
 def flow_loss(model: TinyFlux, x0: Tensor, tokens: Tensor, noise: Tensor, s: Tensor) -> Tensor:
@@ -124,7 +80,7 @@ def flow_loss(model: TinyFlux, x0: Tensor, tokens: Tensor, noise: Tensor, s: Ten
 
 
 class Trainer:
-    """Model, averaged model, optimizer and step count: all that a checkpoint holds."""
+    """Model, averaged model, optimizers and step count: all that a checkpoint holds."""
 
     def __init__(self, options: Options, config: dict[str, Any], compiled: bool = False) -> None:
         """Seeded start; `compiled` runs the loss through torch.compile, which pays after a few hundred steps."""
@@ -133,9 +89,7 @@ class Trainer:
         self.model = TinyFlux(config)
         start_as_identity(self.model)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self.optimizers = make_optimizers(self.model, options.learning_rate)
         self.batches = SceneBatches()
         self.loss = torch.compile(flow_loss) if compiled else flow_loss
 
@@ -159,15 +113,17 @@ class Trainer:
 
     def train_step(self) -> float:
         """One optimizer step; the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
         # The flash kernel's backward pass is slow on CPUs for sequences this short; the plain formula is not.
         with sdpa_kernel(SDPBackend.MATH):
             loss = self.loss(self.model, *self.batch())
             loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         decay = min(self.options.ema_decay, (1 + self.step) / (10 + self.step))
         for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
@@ -181,7 +137,7 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -196,7 +152,8 @@ class Trainer:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
 
 
 def train(trainer: Trainer, out: Path, checkpoint: Path, minutes: float, save_every: int) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from examples.tiny_flux import checker, pipeline, scenes, text_encoder
-from examples.train_tiny_flux import Options, SceneBatches, Trainer, train
+from examples.tiny_flux.batches import SceneBatches
+from examples.train_tiny_flux import Options, Trainer, train
 
 TINY_CONFIG = pipeline.DEFAULT_CONFIG | {
     "num_layers": 1,
