@@ -25,6 +25,7 @@ from .tiny_flux.batches import SceneBatches, image_ids
 from .tiny_flux.pipeline import DEFAULT_CONFIG, TIMESTEP_SHIFT, TinyFlux, save_weights
 from .tiny_flux.text_encoder import MAX_TOKENS
 
+MATRIX_RATE_FACTOR = 3.0
 CHECKPOINT_NAME = "checkpoint.pt"
 
 
@@ -54,8 +55,9 @@ def make_optimizers(model: TinyFlux, learning_rate: float) -> list[torch.optim.O
     """Muon for the matrices inside the blocks, which learn in fewer steps with it, and AdamW for all the rest."""
     inside = [p for name, p in model.named_parameters() if "transformer_blocks" in name and p.ndim == 2]
     rest = [p for name, p in model.named_parameters() if "transformer_blocks" not in name or p.ndim != 2]
+    matrices = {"params": inside, "rate_factor": MATRIX_RATE_FACTOR}
     return [
-        torch.optim.Muon(inside, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon([matrices], lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
     ]
 
@@ -115,7 +117,7 @@ class Trainer:
         """One optimizer step; the loss."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+                group["lr"] = self.learning_rate() * group.get("rate_factor", 1.0)
         # The flash kernel's backward pass is slow on CPUs for sequences this short; the plain formula is not.
         with sdpa_kernel(SDPBackend.MATH):
             loss = self.loss(self.model, *self.batch())

@@ -10,12 +10,13 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.flops import is_matmul, total_flops
-from teacache_fx.graph import argument_name, block_of, fake_tensors, is_user_input, op_name
+from teacache_fx.flops import approximate, is_matmul, total_flops
+from teacache_fx.graph import argument_name, block_of, fake_tensors, is_user_input, op_name, same_size
 from teacache_fx.passes.base import PassContext, output_arguments
 from teacache_fx.passes.pair_live_outputs import describe_pair, pair_live_outputs
 from teacache_fx.plan import BlockList, BlockStack
 
+_ATTENTION = {"scaled_dot_product_attention", "flex_attention", "softmax"}
 _LATENT_NAMES = ("hidden_states", "latents", "sample", "x")
 
 
@@ -65,7 +66,7 @@ class FindBlockStack:
     ) -> dict[str, dict[int, list[fx.Node]]]:
         lists = _blocks_of_lists(flow.sort(dependent))
         chains = {path: blocks for path, blocks in lists.items() if _is_repeated(blocks) and _is_chain(blocks, flow)}
-        weights = {path: float(total_flops(_flat(blocks))) for path, blocks in chains.items()}
+        weights = {path: approximate(total_flops(_flat(blocks))) for path, blocks in chains.items()}
         least = self.smallest_share * max(weights.values(), default=0.0)
         return {path: blocks for path, blocks in chains.items() if weights[path] >= least}
 
@@ -87,7 +88,7 @@ def find_latents(gm: fx.GraphModule) -> fx.Node:
             for output in outputs:
                 if value.ndim != output.ndim:
                     continue
-                equal = sum(a == b for a, b in zip(value.shape, output.shape, strict=True))
+                equal = sum(map(same_size, value.shape, output.shape))
                 score = (int(equal == value.ndim), equal, _name_rank(node))
                 if best is None or score > best[0]:
                     best = (score, node)
@@ -152,9 +153,9 @@ def _describe(path: str, blocks: dict[int, list[fx.Node]], flow: Dataflow) -> Bl
 
 def _no_stack(flow: Dataflow, dependent: set[fx.Node]) -> Declined:
     heavy = [node for node in flow.sort(dependent) if is_matmul(node)]
-    attention = [node for node in heavy if op_name(node) == "scaled_dot_product_attention"]
-    if attention and len(attention) <= 2:
-        detail = "the graph holds one transformer block and no list of them"
+    attention = [n for n in flow.sort(dependent) if op_name(n) in _ATTENTION and not block_of(n)]
+    if attention:
+        detail = "the graph holds attention outside any list of blocks: one block, compiled by itself"
         return Declined(DeclineReason.SINGLE_BLOCK, detail, attention[0].name)
     detail = f"{len(heavy)} matrix products depend on the latents, none in a list of repeated blocks"
     return Declined(DeclineReason.NO_REPEATED_BLOCKS, detail, heavy[0].name if heavy else None)

@@ -111,11 +111,14 @@ def _insert_policy(graph: fx.Graph, policy: Policy, arguments: list[fx.Node]) ->
 
 
 def _as_operand(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Inductor's cond wants intermediate operands to be contiguous; a transposed patch embedding is not."""
-    value = fake_value(node)
-    if node.op == "placeholder" or not isinstance(value, Tensor) or value.is_contiguous():
+    """Inductor compiles the branches for contiguous intermediate operands, whatever their strides.
+
+    A transposed patch embedding is not contiguous, and neither is what decompositions make of its norm; so the call is
+    there even where it looks idle now, for AOTAutograd to drop or keep by the strides that it sees.
+    """
+    if node.op == "placeholder" or not isinstance(fake_value(node), Tensor):
         return node
-    return emit(graph, _CLONE, node, memory_format=torch.contiguous_format)
+    return emit(graph, torch.ops.aten.contiguous.default, node)
 
 
 def _as_state(graph: fx.Graph, node: fx.Node) -> fx.Node:

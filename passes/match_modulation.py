@@ -11,7 +11,7 @@ from torch import fx
 from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import is_matmul
-from teacache_fx.graph import argument_name, block_of, fake_tensors, fake_value, is_user_input, op_name, tensor_of
+from teacache_fx.graph import argument_name, block_of, fake_tensors, fake_value, is_user_input, op_name, same_shape, tensor_of
 from teacache_fx.passes.base import PassContext
 from teacache_fx.passes.modulation_patterns import name_pattern
 from teacache_fx.plan import BlockStack, Modulation
@@ -68,12 +68,11 @@ def _find_indicator(
 
 def _pointwise_source(node: fx.Node, dependent: set[fx.Node], bases: list[fx.Node]) -> fx.Node:
     """Looks through views, and through joins of text and image tokens to those that have a residual."""
-    shapes = [tensor_of(base).shape for base in bases]
     while True:
         source = view_source(node)
         if source is None and op_name(node) in _JOINS:
             joined = [argument for argument in node.all_input_nodes if argument in dependent]
-            alike = [argument for argument in joined if tensor_of(argument).shape in shapes] or joined
+            alike = [a for a in joined if any(same_shape(tensor_of(a), tensor_of(base)) for base in bases)] or joined
             source = alike[0] if len(alike) == 1 else None
         if source is None or source.op == "placeholder" or not isinstance(fake_value(source), torch.Tensor):
             return node

@@ -9,7 +9,7 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.graph import fake_tensors, fake_value, op_name, tensor_of
+from teacache_fx.graph import fake_tensors, fake_value, op_name, same_shape, tensor_of
 from teacache_fx.plan import LiveOutput
 
 _SPINE = {"add", "__add__", "__radd__", "iadd", "add_", "sub", "cat", "concat", "dropout", "clone", "contiguous", "to"}
@@ -83,7 +83,7 @@ def _fits(base: fx.Node, value: fx.Node) -> bool:
     if not (isinstance(inside, torch.Tensor) and isinstance(outside, torch.Tensor)):
         return False
     both_float = inside.is_floating_point() and outside.is_floating_point()
-    return both_float and inside.device == outside.device and list(inside.shape) == list(outside.shape)
+    return both_float and inside.device == outside.device and same_shape(inside, outside)
 
 
 def _spine_inputs(value: fx.Node, region: set[fx.Node]) -> set[fx.Node]:

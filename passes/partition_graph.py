@@ -44,8 +44,6 @@ class PartitionGraph:
         latents, indicator = by_name[ctx.stack.latents], by_name[ctx.modulation.modulated_input]
         timestep = by_name[ctx.modulation.timestep]
         pairs = [LivePair(by_name[live.value], by_name[live.base]) for live in ctx.stack.live_outputs]
-        if indicator in {pair.value for pair in pairs}:
-            raise Declined(DeclineReason.NO_MODULATED_INPUT, "the stack ends with its first matmul", indicator.name)
         parts = _split(gm, flow, pairs, (indicator, timestep))
         check_memory_order(flow, parts, pairs, indicator)
         _check_modes(flow)

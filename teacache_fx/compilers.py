@@ -10,6 +10,8 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 
+from teacache_fx.pin_operands import PinOperands
+
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 
 # A cond makes FxGraphCache and AOTAutogradCache give up unless it is vouched for. Both caches hash the branches, so a
@@ -68,7 +70,9 @@ def compile_with(
     from torch._inductor.compile_fx import compile_fx
 
     vouched = {**inductor_config.unsafe_marked_cacheable_functions, **_CACHEABLE}
+    user_pass = options.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
+    options = {**options, "post_grad_custom_post_pass": PinOperands(user_pass)}
     with inductor_config.patch(unsafe_marked_cacheable_functions=vouched):
-        return compile_fx(gm, list(example_inputs), config_patches=options or None)
+        return compile_fx(gm, list(example_inputs), config_patches=options)
 
 

@@ -53,6 +53,16 @@ def _attention_flops(query: torch.Size, key: torch.Size, out: Any) -> Any:
     return 2 * (math.prod(query) + out) * tokens
 
 
+def approximate(count: Any) -> float:
+    """A number for a count that may be symbolic, without putting a guard on it: sizes are as at capture, or 64."""
+    if not isinstance(count, torch.SymInt):
+        return float(count)
+    hint = getattr(count.node, "hint", None)
+    if isinstance(hint, int):
+        return float(hint)
+    return float(count.node.expr.subs(dict.fromkeys(count.node.expr.free_symbols, 64)))
+
+
 def total_flops(nodes: Iterable[fx.Node]) -> Any:
     """Sum over the nodes."""
     return sum(flops(node) for node in nodes)

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _FAKE_KEYS = ("example_value", "val")  # dynamo and export name them differently
 _ATTRIBUTE_STEP = re.compile(r"\.__dict__\['_modules'\]\['(\w+)'\]|\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]")
@@ -52,6 +53,16 @@ def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
     node = graph.call_function(target, args, kwargs)
     set_fake_value(node, target(*fx.node.map_arg(args, fake_value), **fx.node.map_arg(kwargs, fake_value)))
     return node
+
+
+def same_size(left: Any, right: Any) -> bool:
+    """Whether two sizes are equal for certain; unlike `==` it puts no guard on a symbolic size."""
+    return bool(statically_known_true(left == right))
+
+
+def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have the same sizes for certain."""
+    return left.ndim == right.ndim and all(map(same_size, left.shape, right.shape))
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:

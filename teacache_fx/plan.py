@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from teacache_fx.flops import approximate
+
 
 @dataclass(frozen=True)
 class BlockList:
@@ -120,8 +122,9 @@ class Costs:
 
     @property
     def skipped_share(self) -> float:
-        """Share of a computed step's FLOPs that a skipped step still pays, from 0 to 1."""
-        return float((self.prologue + self.epilogue) / self.total) if self.total else 1.0
+        """Share of a computed step's FLOPs that a skipped step still pays, from 0 to 1; at the captured sizes."""
+        total = approximate(self.total)
+        return approximate(self.prologue + self.epilogue) / total if total else 1.0
 
 
 @dataclass(frozen=True)

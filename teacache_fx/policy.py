@@ -138,16 +138,18 @@ class Policy:
     def _reason(
         self, first: Tensor, restarted: Tensor, index: Tensor, accumulated: Tensor, time: Tensor, state: PolicyState
     ) -> Tensor:
-        steps_left = state.num_inference_steps - index
-        final = (state.num_inference_steps > 0) & (steps_left <= self.num_final_steps)
         # `time` is checked too: a timestep that is not a number compares as "not moved" and would disarm the guard.
         non_finite = ~(torch.isfinite(accumulated) & torch.isfinite(time))
         reason = torch.where(accumulated >= self.rel_l1_thresh, int(StepReason.THRESHOLD), int(StepReason.SKIPPED))
         if self.max_consecutive_skips is not None:
             limit = state.consecutive_skips >= self.max_consecutive_skips
             reason = torch.where(limit, int(StepReason.MAX_CONSECUTIVE_SKIPS), reason)
-        reason = torch.where(final, int(StepReason.FINAL), reason)
-        reason = torch.where(index < self.num_warmup_steps, int(StepReason.WARMUP), reason)
+        if self.num_final_steps:
+            steps_left = state.num_inference_steps - index
+            final = (state.num_inference_steps > 0) & (steps_left <= self.num_final_steps)
+            reason = torch.where(final, int(StepReason.FINAL), reason)
+        if self.num_warmup_steps:
+            reason = torch.where(index < self.num_warmup_steps, int(StepReason.WARMUP), reason)
         reason = torch.where(non_finite, int(StepReason.NON_FINITE), reason)
         reason = torch.where(restarted, int(StepReason.TRAJECTORY_RESTARTED), reason)
         return torch.where(first, int(StepReason.FIRST), reason)

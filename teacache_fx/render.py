@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,25 +15,28 @@ _SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf1
 
 def render(gm: fx.GraphModule) -> str:
     """The graph as text, subgraphs of conds below it. Stable between processes and machines."""
-    sections = ["graph:", *(f"  {line}" for line in _lines(gm))]
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and isinstance(branch := getattr(gm, str(node.target), None), fx.GraphModule):
-            sections += [f"{node.target}:", *(f"  {line}" for line in _lines(branch))]
+    names = {node: _name(node) for node in gm.graph.nodes}
+    sections = ["graph:", *(f"  {_line(node, names)}" for node in gm.graph.nodes)]
+    for cond in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond):
+        _, *branches, operands = cond.args
+        for branch in branches:
+            sections += [f"{branch.target}:", *_branch_lines(gm.get_submodule(branch.target), operands, names)]
     return "\n".join(sections) + "\n"
 
 
-def _lines(gm: fx.GraphModule) -> list[str]:
-    names = {node: _name(node) for node in gm.graph.nodes}
-    return [_line(node, names) for node in gm.graph.nodes]
+def _branch_lines(branch: fx.GraphModule, operands: Sequence[fx.Node], outside: dict[fx.Node, str]) -> list[str]:
+    """A branch calls its inputs as the graph around it does."""
+    names = {node: _name(node) for node in branch.graph.nodes}
+    placeholders = (node for node in branch.graph.nodes if node.op == "placeholder")
+    names.update({inner: outside[outer] for inner, outer in zip(placeholders, operands, strict=True)})
+    return [f"  {_line(node, names)}" for node in branch.graph.nodes]
 
 
 def _name(node: fx.Node) -> str:
     """Parameters are called by their module path, all else by the node's name."""
     if node.op == "placeholder" and getattr(node, "_dynamo_source", None) is not None and not is_user_input(node):
-        path = source_name(node)
-        for container in ("_parameters", "_buffers"):
-            path = path.replace(f".__dict__['{container}']", "").replace(f"._{container}", "")
-        return clean_path(path)
+        steps = clean_path(source_name(node)).split(".")
+        return ".".join(step for step in steps if step not in ("_parameters", "_buffers"))
     return node.name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from teacache_fx.render import render
 from teacache_fx.signature import CacheSignature
 
 log = logging.getLogger(__name__)
+Observer = Callable[[str, fx.GraphModule], None]
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,17 @@ class RewrittenGraph:
 class Pipeline:
     """Runs passes on one working copy, and observes: logs and times each, and verifies after each that edited.
 
+    Args:
+        gm: the captured graph; it is never edited.
+        config: settings and polynomial.
+        observer: called after each pass with its name and the graph as it is then, `None` for nobody.
+
     Attributes:
         timings: seconds per pass, in the order in which they ran.
     """
 
-    def __init__(self, gm: fx.GraphModule, config: ResolvedConfig) -> None:
+    def __init__(self, gm: fx.GraphModule, config: ResolvedConfig, observer: Observer | None = None) -> None:
+        self._observer = observer
         self.timings: dict[str, float] = {}
         self.original = gm
         self.gm = gm
@@ -85,6 +93,8 @@ class Pipeline:
             verify(self.gm, self._known, step.name)
         self.timings[step.name] = time.perf_counter() - started
         log.info("%s: %s, %.1f ms", step.name, "changed" if changed else "read", 1e3 * self.timings[step.name])
+        if self._observer is not None:
+            self._observer(step.name, self.gm)
         if changed and log.isEnabledFor(logging.DEBUG):
             log.debug("graph after %s:\n%s", step.name, render(self.gm))
 

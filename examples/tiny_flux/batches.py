@@ -7,6 +7,7 @@ from . import scenes
 from .pipeline import PixelShuffleAutoencoder
 from .text_encoder import MAX_TOKENS, tokenize
 
+SAY_CHANCE = 0.8
 GRID = scenes.IMAGE_SIZE // 4
 
 
@@ -32,12 +33,12 @@ class SceneBatches:
         return triple, size, position
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Packed latents float32 [n, 64, 48] and token ids int64 [n, 12]; half of the sizes and positions unsaid."""
+        """Packed latents float32 [n, 64, 48] and token ids int64 [n, 12]; sizes and positions are often said."""
         triple, size, position = self.indices(n, generator)
         pictures = scenes.paint(
             self.masks[self.shape[triple], size, position], self.colour[triple], self.background[triple]
         )
-        say_size, say_position = (torch.rand(2, n, generator=generator) < 0.5).unbind()
+        say_size, say_position = (torch.rand(2, n, generator=generator) < SAY_CHANCE).unbind()
         said_size = torch.where(say_size, size, len(scenes.SIZES))
         said_position = torch.where(say_position, position, len(scenes.POSITIONS))
         return pack(pictures), self.tokens[triple, said_size, said_position]

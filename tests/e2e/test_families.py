@@ -13,7 +13,9 @@ from teacache_fx import TeaCacheBackend
 from tests.reference import TAPS, ReferenceTeaCache
 from tests.zoo import FAMILIES, build, trajectory
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Torchinductor does not support code generation"
+)
 
 
 def _sample(output: Any) -> Tensor:

@@ -1,0 +1,109 @@
+"""What each pass finds and edits on toy models, as text. A change here is a change of behaviour: read the diff."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import fx, nn
+
+from teacache_fx.passes import PIPELINE
+from teacache_fx.plan import CachePlan
+from teacache_fx.render import render
+from teacache_fx.report import RewriteReport
+from teacache_fx.rewrite import Pipeline
+from tests import toys
+from tests.conftest import GOLDENS
+from tests.passes.capture import CONFIG, on_capture
+
+TOYS: dict[str, type[nn.Module]] = {
+    "toy_dit": toys.ToyDiT,
+    "sliced_joint_dit": toys.SlicedJointDiT,
+    "rotary_in_place_dit": toys.RotaryInPlaceDiT,
+}
+EDITING = ("insert-cond", "cleanup")
+
+
+@dataclass
+class Run:
+    """One run of the pipeline.
+
+    Attributes:
+        report: without timings, which differ between runs.
+        stages: text of the graph before the first pass and after each, by name of the pass.
+        sizes: number of nodes likewise.
+        plan: the facts found.
+    """
+
+    stages: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    report: str = ""
+    plan: CachePlan | None = None
+
+    def see(self, name: str, gm: fx.GraphModule) -> None:
+        """Keeps a stage."""
+        self.stages[name] = render(gm)
+        self.sizes[name] = len(gm.graph.nodes)
+
+
+def _run(gm: fx.GraphModule) -> Run:
+    run = Run()
+    run.see("capture", gm)
+    pipeline = Pipeline(gm, CONFIG, observer=run.see)
+    run.plan = pipeline.analyse()
+    pipeline.rewrite()
+    run.report = str(RewriteReport("Toy", len(gm.graph.nodes), run.plan, config=CONFIG)) + "\n"
+    assert render(gm) == run.stages["capture"], "the caller's graph was touched"
+    return run
+
+
+def _run_toy(kind: type[nn.Module], num_blocks: int = 2) -> Run:
+    (run,) = on_capture(toys.make(kind, num_blocks=num_blocks), toys.inputs(), _run)
+    assert isinstance(run, Run)
+    return run
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_plan_and_edits(name: str, golden: Callable[[str, str], None]) -> None:
+    run = _run_toy(TOYS[name])
+    golden(f"{name}.plan", run.report)
+    before = run.stages["capture"]
+    for stage in EDITING:
+        after = run.stages[stage]
+        golden(f"{name}.{stage}", "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), n=0)))
+        before = after
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_analysis_edits_nothing(name: str) -> None:
+    run = _run_toy(TOYS[name])
+    for step in PIPELINE:
+        if step.name not in EDITING:
+            assert run.stages[step.name] == run.stages["capture"]
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 5])
+def test_plan_grows_with_the_blocks_alone(num_blocks: int) -> None:
+    small, large = _run_toy(toys.ToyDiT, 2), _run_toy(toys.ToyDiT, num_blocks)
+    assert small.plan is not None
+    assert large.plan is not None
+    assert large.plan.stack.num_blocks == num_blocks
+    assert large.plan.partition.prologue == small.plan.partition.prologue
+    assert len(large.plan.partition.epilogue) == len(small.plan.partition.epilogue)
+    assert large.sizes["cleanup"] == small.sizes["cleanup"] + (num_blocks - 2) * 12  # parameters of a block
+    per_block = (large.plan.costs.blocks - small.plan.costs.blocks) / max(num_blocks - 2, 1)
+    assert large.plan.costs.blocks - num_blocks * per_block == small.plan.costs.blocks - 2 * per_block
+
+
+def test_no_golden_is_unused() -> None:
+    expected = {f"{name}.{part}.txt" for name in TOYS for part in ("plan", *EDITING)}
+    assert {path.name for path in GOLDENS.iterdir()} == expected
+
+
+def test_text_is_the_same_for_another_capture() -> None:
+    first = _run_toy(toys.ToyDiT)
+    torch._dynamo.reset()
+    assert _run_toy(toys.ToyDiT).stages == first.stages
