@@ -58,7 +58,8 @@ class TeaCacheBackend:
         if config is not None and not isinstance(config, TeaCacheConfig):
             raise TypeError(f"config must be a TeaCacheConfig, got {config!r}; or pass its fields as keywords")
         if unknown := sorted(set(config_fields) - set(TeaCacheConfig.field_names())):
-            raise TypeError(f"unknown option {unknown[0]!r}; valid are {', '.join(_own_options())}")
+            valid = ", ".join([*TeaCacheConfig.field_names(), "inner", "on_decline"])
+            raise TypeError(f"unknown option {unknown[0]!r}; valid are {valid}")
         self.config = dataclasses.replace(config, **config_fields) if config else TeaCacheConfig(**config_fields)
         self.inner = check_inner(inner)
         self.on_decline = _check_on_decline(on_decline)
@@ -77,7 +78,9 @@ class TeaCacheBackend:
         options: dict[str, Any] | None = None,
         mode: str | None = None,
     ) -> Callable[..., Any]:
-        """Compiles one captured graph; called by dynamo, with `options=` and `mode=` of torch.compile.
+        """Compiles one captured graph; called by dynamo, with `options=` or `mode=` of torch.compile.
+
+        torch.compile takes one of the two; to give both, put the mode among the options: `options={"mode": ...}`.
 
         The user's errors (an unknown option, `Declined` under `on_decline="raise"`) are raised when the model is
         called, as they are: whatever a backend itself raises, dynamo would wrap.
@@ -141,6 +144,7 @@ class TeaCacheBackend:
             )
         inner = check_inner(own.pop("inner", self.inner))
         on_decline = _check_on_decline(own.pop("on_decline", self.on_decline))
+        mode = own.pop("mode", mode)
         config = dataclasses.replace(self.config, **own) if own else self.config
         return _Settings(config, inner, on_decline, inductor_options(inner, mode, other))
 
@@ -169,7 +173,7 @@ class _Settings:
 
 
 def _own_options() -> list[str]:
-    return [*TeaCacheConfig.field_names(), "inner", "on_decline"]
+    return [*TeaCacheConfig.field_names(), "inner", "on_decline", "mode"]
 
 
 def _check_on_decline(value: object) -> str:

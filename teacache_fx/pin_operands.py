@@ -46,6 +46,16 @@ class PinOperands(CustomGraphPass):
         value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
         if not isinstance(value, torch.Tensor) or operand.op != "call_function":
             return operand
-        pinned = graph.call_function(force_stride_order, (operand, list(value.stride())))
+        strides = [_as_argument(graph, operand, dimension, stride) for dimension, stride in enumerate(value.stride())]
+        pinned = graph.call_function(force_stride_order, (operand, strides))
         pinned.meta["val"] = value
         return pinned
+
+
+def _as_argument(graph: fx.Graph, operand: fx.Node, dimension: int, stride: Any) -> Any:
+    """A stride as an argument of a node: a symbolic one has to be asked from the tensor in the graph."""
+    if not isinstance(stride, torch.SymInt):
+        return stride
+    node = graph.call_function(torch.ops.aten.sym_stride.int, (operand, dimension))
+    node.meta["val"] = stride
+    return node

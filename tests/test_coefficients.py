@@ -57,13 +57,19 @@ def clear_signs(coefficients: tuple[float, ...], x: Floats) -> Floats:
     return signs
 
 
+def between(low: float, high: float) -> npt.NDArray[np.bool_]:
+    """Which points of the grid lie strictly between the two."""
+    inside: npt.NDArray[np.bool_] = np.greater(GRID, low) & np.less(GRID, high)
+    return inside
+
+
 def check_facts(coefficients: tuple[float, ...]) -> PolynomialFacts:
     """Holds what sympy finds against the polynomial's and its derivative's signs on a fine grid."""
     facts = polynomial_facts(coefficients)
     inside = np.zeros(GRID.shape, dtype=bool)
     for low, high in facts.negative:
         assert WORKING_RANGE[0] <= low < high <= WORKING_RANGE[1]
-        inside |= (GRID > low) & (GRID < high)
+        inside |= between(low, high)
     outside = ~inside
     signs = clear_signs(coefficients, GRID)
     assert not (inside & (signs > 0)).any()
@@ -72,7 +78,7 @@ def check_facts(coefficients: tuple[float, ...]) -> PolynomialFacts:
     assert list(facts.turning_points) == sorted(facts.turning_points)
     slope = tuple(float(number) for number in np.polyder(np.array(coefficients)))
     rising = [
-        {float(sign) for sign in clear_signs(slope, GRID[(GRID > low) & (GRID < high)])} - {0.0}
+        {float(sign) for sign in clear_signs(slope, GRID[between(low, high)])} - {0.0}
         for low, high in pairwise((WORKING_RANGE[0], *facts.turning_points, WORKING_RANGE[1]))
     ]
     assert all(len(signs) <= 1 for signs in rising)
@@ -152,7 +158,7 @@ def test_facts_of_any_polynomial(coefficients: list[float]) -> None:
 def test_facts_in_special_cases(
     coefficients: tuple[float, ...], negative: list[tuple[float, float]], turning_points: list[float]
 ) -> None:
-    # Decimals are not exact in binary: at an edge, or at a multiple root, a hair's breadth may be found on the wrong side.
+    # Decimals are not exact in binary: at an edge or a multiple root, a hair's breadth may be found on the wrong side.
     facts = polynomial_facts(coefficients)
     wide = [piece for piece in facts.negative if piece[1] - piece[0] > 1e-4]
     inner = [x for x in facts.turning_points if 1e-4 < x < 0.3 - 1e-4]

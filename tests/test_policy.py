@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -154,20 +154,13 @@ def test_decides_as_the_reference(scenario: tuple[Reference, list[tuple[list[flo
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("coefficients", POLYNOMIALS)
-def test_the_scenarios_hold_skips_and_computes(signed: bool, known: bool, coefficients: tuple[float, ...]) -> None:
-    def interesting(scenario: tuple[Reference, list[tuple[list[float], float]]]) -> bool:
+def test_the_scenarios_hold_skips_and_computes(signed: bool) -> None:
+    def mixed(scenario: tuple[Reference, list[tuple[list[float], float]]]) -> bool:
         reference, steps = scenario
-        settings_match = (reference.signed, reference.total is not None, reference.coefficients) == (
-            signed,
-            known,
-            coefficients,
-        )
         computes = [reference.step(*step)[0] for step in steps]
-        return settings_match and sum(computes[1:]) >= 1 and computes.count(False) >= 2
+        return reference.signed == signed and any(computes[1:]) and computes.count(False) >= 2
 
-    find(scenarios(), interesting, settings=settings(max_examples=20_000, deadline=None, derandomize=True))
+    find(scenarios(), mixed, settings=settings(max_examples=1000, phases=[Phase.generate], derandomize=True))
 
 
 def test_accumulates_until_the_threshold_and_starts_again() -> None:

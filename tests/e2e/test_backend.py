@@ -1,0 +1,297 @@
+"""The backend as users call it: options, dtypes, grad modes, shapes, contexts, bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import teacache_fx
+from teacache_fx import StepReason, TeaCacheBackend, TeaCacheWarning, cache_context, teacache_backend
+from tests import toys
+
+
+def _backend(**options: Any) -> TeaCacheBackend:
+    return TeaCacheBackend(**{"coefficients": [1.0, 0.0], "inner": "eager", "on_decline": "raise", **options})
+
+
+def _step(inputs: dict[str, Tensor], index: int, amount: float = 0.01) -> dict[str, Tensor]:
+    """Inputs of a later step: less time, latents a little moved."""
+    moved = {
+        "timestep": inputs["timestep"] - 10.0 * index,
+        "hidden_states": inputs["hidden_states"] * (1 + amount * index),
+    }
+    return {**inputs, **{key: value.to(inputs[key].dtype) for key, value in moved.items()}}
+
+
+def _reasons(backend: TeaCacheBackend, context: int = 0) -> list[StepReason]:
+    return [step.reason for step in backend.stats().contexts[context].steps]
+
+
+FIRST, SKIPPED, THRESHOLD, RESTARTED = (
+    StepReason.FIRST, StepReason.SKIPPED, StepReason.THRESHOLD, StepReason.TRAJECTORY_RESTARTED
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_both_branches(inner: str, mode: Any) -> None:
+    model, inputs = toys.make(), toys.inputs()
+    backend = _backend(rel_l1_thresh=1e3, inner=inner)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with mode():
+        first, again = compiled(**inputs), compiled(**inputs)
+        moved = compiled(**_step(inputs, 1))
+        expected = model(**inputs)
+    torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(moved, again, atol=1e-4), "a skipped step must follow the latents"
+    assert _reasons(backend) == [FIRST, SKIPPED, SKIPPED]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_dtypes(dtype: torch.dtype, inner: str) -> None:
+    model = toys.make().to(dtype)
+    inputs = {key: value.to(dtype) for key, value in toys.inputs().items()}
+    backend = _backend(rel_l1_thresh=1e3, inner=inner)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        computed, reused, expected = compiled(**inputs), compiled(**inputs), model(**inputs)
+    assert computed.dtype == reused.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    torch.testing.assert_close(computed, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(reused, expected, rtol=tolerance, atol=2 * tolerance)
+    assert _reasons(backend) == [FIRST, SKIPPED]
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_autocast(inner: str) -> None:
+    model, inputs = toys.make(), toys.inputs()
+    backend = _backend(rel_l1_thresh=1e3, inner=inner)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        computed, reused, expected = compiled(**inputs), compiled(**inputs), model(**inputs)
+    assert computed.dtype == reused.dtype == expected.dtype
+    torch.testing.assert_close(computed, expected, rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(reused, expected, rtol=5e-2, atol=5e-2)
+    assert _reasons(backend) == [FIRST, SKIPPED]
+
+
+def test_recompile_keeps_the_state() -> None:
+    model, inputs = toys.make(), toys.inputs()
+    backend = _backend(rel_l1_thresh=1e3)
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        compiled(**inputs)
+    with torch.inference_mode():  # another graph of the same model
+        compiled(**_step(inputs, 1))
+    with torch.no_grad():
+        compiled(**_step(inputs, 2))
+    assert len(backend.reports) == 2
+    assert _reasons(backend) == [FIRST, SKIPPED, SKIPPED]
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    model = toys.make()
+    backend = _backend(rel_l1_thresh=1e3, inner="inductor")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (8, 12, 20):
+            inputs = toys.inputs(tokens=tokens)
+            torch._dynamo.mark_dynamic(inputs["hidden_states"], 1)
+            computed, reused, expected = compiled(**inputs), compiled(**inputs), model(**inputs)
+            torch.testing.assert_close(computed, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(reused, expected, rtol=1e-5, atol=1e-5)
+    assert len(backend.reports) == 1
+    assert [_reasons(backend, i) for i in range(3)] == [[FIRST, SKIPPED]] * 3
+    assert "s" in str(backend.reports[0].plan.stack.live_outputs[0].shape)  # type: ignore[union-attr]
+
+
+def test_guidance_branches_are_told_apart_without_names() -> None:
+    model, cond, uncond = toys.make(), toys.inputs(seed=0), toys.inputs(seed=1)
+    uncond = {**uncond, "hidden_states": cond["hidden_states"]}
+    backend = _backend(rel_l1_thresh=1e3)
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for index in range(3):
+            for branch in (cond, uncond):
+                result = compiled(**{**branch, "timestep": branch["timestep"] - index})
+                alone = model(**branch)
+                if index == 0:
+                    assert torch.equal(result, alone)
+                torch.testing.assert_close(result, alone, atol=0.2, rtol=0)
+    assert [_reasons(backend, i) for i in range(2)] == [[FIRST, SKIPPED, SKIPPED]] * 2
+
+
+def test_named_contexts() -> None:
+    model, inputs = toys.make(), toys.inputs()
+    backend = _backend(rel_l1_thresh=1e3)
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for index in range(2):
+            for name in ("cond", "uncond"):
+                with cache_context(compiled, name):
+                    compiled(**_step(inputs, index))
+    assert {context.name: len(context.steps) for context in backend.stats().contexts} == {"cond": 2, "uncond": 2}
+
+
+def test_new_generation_is_computed() -> None:
+    model, inputs = toys.make(), toys.inputs()
+    backend = _backend(rel_l1_thresh=1e3)
+    compiled = torch.compile(model, backend=backend)
+    other = {**inputs, "hidden_states": torch.randn_like(inputs["hidden_states"])}
+    with torch.no_grad():
+        for index in range(3):
+            compiled(**_step(inputs, index))
+        assert torch.equal(compiled(**other), model(**other))  # the timestep turned back
+        compiled(**_step(other, 1))
+        backend.reset_state()
+        assert torch.equal(compiled(**_step(other, 2)), model(**_step(other, 2)))
+    assert _reasons(backend) == [FIRST, SKIPPED, SKIPPED, RESTARTED, SKIPPED, FIRST]
+
+
+def test_nan_forces_computing_and_does_not_outlive_the_generation() -> None:
+    model, inputs = toys.make(), toys.inputs()
+    backend = _backend(rel_l1_thresh=1e3)
+    compiled = torch.compile(model, backend=backend)
+    poisoned = _step(inputs, 1)
+    poisoned["hidden_states"][0, 0, 0] = float("nan")
+    with torch.no_grad():
+        compiled(**inputs)
+        assert compiled(**poisoned).isnan().any()
+        recovered = compiled(**_step(inputs, 2))
+        assert torch.equal(recovered, model(**_step(inputs, 2)))
+        assert torch.equal(compiled(**inputs), model(**inputs))
+        assert compiled(**_step(inputs, 1)).isfinite().all()
+    assert _reasons(backend) == [FIRST, StepReason.NON_FINITE, StepReason.NON_FINITE, RESTARTED, SKIPPED]
+
+
+def test_options_and_entry_point() -> None:
+    model, inputs = toys.make(), toys.inputs()
+    options = {"rel_l1_thresh": 1e3, "coefficients": [1.0, 0.0], "inner": "inductor", "epilogue_fusion": False}
+    options["mode"] = "max-autotune-no-cudagraphs"
+    compiled = torch.compile(model, backend="teacache", options=options)
+    with torch.no_grad():
+        compiled(**inputs)
+        torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=1e-5, atol=1e-5)
+    assert teacache_backend.reports[-1].config is not None
+    assert teacache_backend.reports[-1].config.config.rel_l1_thresh == 1e3
+    assert teacache_backend.stats().num_skipped == 1
+
+
+def test_reset_drops_reports_and_statistics() -> None:
+    backend = _backend()
+    compiled = torch.compile(toys.make(), backend=backend)
+    with torch.no_grad():
+        compiled(**toys.inputs())
+    assert backend.stats().num_steps == 1
+    torch._dynamo.reset()
+    assert (backend.reports, backend.stats().num_steps) == ([], 0)
+
+
+def test_module_compile_in_place() -> None:
+    model = toys.make()
+    backend = _backend(rel_l1_thresh=0.3)
+    model.compile(backend=backend, fullgraph=True)
+    with torch.no_grad():
+        model(**toys.inputs())
+    assert backend.reports[0].model == "ToyDiT"
+    assert "blocks: 2 x Block" in str(backend.reports[0])
+
+
+def test_models_do_not_share_states() -> None:
+    backend = _backend(rel_l1_thresh=1e3)
+    inputs = toys.inputs()
+    models = [toys.make(num_blocks=2), toys.make(num_blocks=3)]
+    with torch.no_grad():
+        for model in models:
+            assert torch.equal(torch.compile(model, backend=backend)(**inputs), model(**inputs))
+    assert [len(context.steps) for context in backend.stats().contexts] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "message"),
+    [
+        ({"rel_l1_tresh": 0.2}, None, "unknown option 'rel_l1_tresh'; TeaCache's are rel_l1_thresh, coefficients"),
+        ({"rel_l1_thresh": -1.0}, None, "rel_l1_thresh must be greater than 0, got -1.0"),
+        ({"inner": "tvm"}, None, "inner must be one of inductor, aot_eager, eager, got 'tvm'"),
+        ({"on_decline": "explode"}, None, "on_decline must be one of warn, raise, ignore, got 'explode'"),
+        ({"inner": "eager", "max_autotune": True}, None, "is for inductor, but inner='eager'"),
+        ({}, "fastest", "mode must be one of"),
+        ({"transformer_type": "Nothing"}, None, "transformer_type='Nothing' has no published coefficients"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], mode: str | None, message: str) -> None:
+    compiled = torch.compile(toys.make(), backend="teacache", options=options or None, mode=mode)
+    with torch.no_grad(), pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        compiled(**toys.inputs())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rel_l1_tresh": 0.2}, TypeError, "unknown option 'rel_l1_tresh'; valid are rel_l1_thresh"),
+        ({"config": {"rel_l1_thresh": 0.2}}, TypeError, "config must be a TeaCacheConfig"),
+        ({"inner": "tvm"}, ValueError, "inner must be one of"),
+        ({"on_decline": None}, ValueError, "on_decline must be one of"),
+        ({"rel_l1_thresh": 0.0}, ValueError, "rel_l1_thresh must be greater than 0"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TeaCacheBackend(**arguments)
+
+
+def test_unpublished_model_warns_once_per_compile() -> None:
+    backend = _backend(coefficients=None)
+    with torch.no_grad(), pytest.warns(TeaCacheWarning, match="no TeaCache coefficients are published for ToyDiT"):
+        torch.compile(toys.make(), backend=backend)(**toys.inputs())
+
+
+def test_explain_compiles_nothing() -> None:
+    report = teacache_fx.explain(toys.make(), **toys.inputs())
+    assert report.is_rewritten
+    assert report.plan is not None
+    assert report.plan.modulation.timestep == "l_timestep_"
+    assert "pays" in str(report)
+    declined = teacache_fx.explain(toys.make(toys.PooledDiT), **toys.inputs())
+    assert declined.declined is not None
+    assert "runs uncached" in str(declined)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "error", "message"),
+    [
+        (toys.Parameterless(), toys.inputs(), ValueError, "Parameterless has no parameters"),
+        (toys.make(), {}, ValueError, "is called with no tensor"),
+        (len, toys.inputs(), TypeError, "model must be an nn.Module"),
+    ],
+)
+def test_explain_bad_input(model: Any, inputs: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        teacache_fx.explain(model, **inputs)
+
+
+def test_explain_takes_meta_tensors() -> None:
+    model = toys.make().to("meta")
+    inputs = {key: value.to("meta") for key, value in toys.inputs().items()}
+    assert teacache_fx.explain(model, **inputs).is_rewritten
+
+
+def test_function_around_a_model() -> None:
+    model: nn.Module = toys.make()
+    backend = _backend(rel_l1_thresh=1e3)
+
+    @torch.compile(backend=backend)
+    def denoise(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        result: Tensor = model(hidden_states, timestep, encoder_hidden_states)
+        return result
+
+    inputs = toys.inputs()
+    with torch.no_grad():
+        denoise(**inputs)
+        torch.testing.assert_close(denoise(**inputs), model(**inputs), rtol=1e-5, atol=1e-5)
+    assert _reasons(backend) == [FIRST, SKIPPED]
