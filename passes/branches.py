@@ -58,7 +58,9 @@ def run_blocks(
     branch = _Branch(operands, sources, residuals)
     for node in blocks:
         branch.copy(node)
-    outputs = [emit(branch.graph, _aten.clone.default, branch.env[v], memory_format=torch.contiguous_format) for v in values]
+    outputs = [
+        emit(branch.graph, _aten.clone.default, branch.env[v], memory_format=torch.contiguous_format) for v in values
+    ]
     new = [
         emit(branch.graph, _aten.sub.Tensor, output, _cast(branch.graph, branch.derive(base), value))
         for output, base, value in zip(outputs, bases, values, strict=True)

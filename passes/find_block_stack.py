@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from teacache_fx.passes.base import PassContext, output_arguments
+from teacache_fx.passes.pair_live_outputs import describe_pair, pair_live_outputs
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import approximate, is_matmul, total_flops
 from teacache_fx.graph import argument_name, block_of, fake_tensors, is_user_input, op_name, same_size
-from teacache_fx.passes.base import PassContext, output_arguments
-from teacache_fx.passes.pair_live_outputs import describe_pair, pair_live_outputs
 from teacache_fx.plan import BlockList, BlockStack
 
 _ATTENTION = {"scaled_dot_product_attention", "flex_attention", "softmax"}
@@ -61,9 +61,7 @@ class FindBlockStack:
         )
         return False
 
-    def _qualifying_lists(
-        self, flow: Dataflow, dependent: set[fx.Node]
-    ) -> dict[str, dict[int, list[fx.Node]]]:
+    def _qualifying_lists(self, flow: Dataflow, dependent: set[fx.Node]) -> dict[str, dict[int, list[fx.Node]]]:
         lists = _blocks_of_lists(flow.sort(dependent))
         chains = {path: blocks for path, blocks in lists.items() if _is_repeated(blocks) and _is_chain(blocks, flow)}
         weights = {path: approximate(total_flops(_flat(blocks))) for path, blocks in chains.items()}

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from teacache_fx.passes.base import PassContext, nodes_by_name, output_arguments
+from teacache_fx.passes.branches import reuse_residual, run_blocks
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from teacache_fx.dataflow import view_source
 from teacache_fx.graph import emit, fake_mode_of, fake_value, mark_as_state, set_fake_value, tensor_of
-from teacache_fx.passes.base import PassContext, nodes_by_name, output_arguments
-from teacache_fx.passes.branches import reuse_residual, run_blocks
-from teacache_fx.policy import Decision, Policy, PolicyState
-from teacache_fx.signature import CacheSignature
+from teacache_fx.policy import Policy, PolicyState
+from teacache_fx.signature import RECORDED, CacheSignature
 
 _NUM_SCALARS = len(PolicyState._fields)
 _CLONE = torch.ops.aten.clone.default
@@ -56,16 +56,17 @@ class InsertCond:
                 residuals = state[1:-_NUM_SCALARS]
                 sources = [_as_operand(graph, node) for node in operands]
                 branches = (
-                    run_blocks(gm, operands, sources, residuals, [nodes[n] for n in plan.partition.blocks], values, bases),
+                    run_blocks(
+                        gm, operands, sources, residuals, [nodes[n] for n in plan.partition.blocks], values, bases
+                    ),
                     reuse_residual(gm, operands, sources, residuals, values, bases),
                 )
                 results = _insert_cond(gm, decision.should_compute, branches, [*sources, *residuals])
                 kept_indicator = _as_state(graph, indicator)
         for value, result in zip(values, results[: len(values)], strict=True):
             value.replace_all_uses_with(result, delete_user_cb=lambda user: user in behind)
-        new_state = [kept_indicator, *results[len(values) :], *decision.state[:-1]]
-        recorded = [decision.reason, decision.rel_l1, decision.accumulated]
-        output.args = ((*output_arguments(gm), *new_state, *recorded),)
+        new_state = [kept_indicator, *results[len(values) :], *decision.scalars]
+        output.args = ((*output_arguments(gm), *new_state, *decision.recorded),)
         return True
 
 
@@ -89,12 +90,22 @@ def _add_state_inputs(graph: fx.Graph, signature: CacheSignature) -> list[fx.Nod
     return state
 
 
-def _insert_policy(graph: fx.Graph, policy: Policy, arguments: list[fx.Node]) -> Decision:
-    """Traces the policy on the arguments' fake values and inlines what it did; the decision then holds nodes."""
+@dataclass(frozen=True)
+class _Decision:
+    """Nodes of a traced decision: the predicate, the scalars for the next step, and what is recorded of it."""
+
+    should_compute: fx.Node
+    scalars: list[fx.Node]
+    recorded: list[fx.Node]
+
+
+def _insert_policy(graph: fx.Graph, policy: Policy, arguments: list[fx.Node]) -> _Decision:
+    """Traces the policy on the arguments' fake values and inlines what it did."""
 
     def decide(current: Tensor, previous: Tensor, timestep: Tensor, *scalars: Tensor) -> list[Tensor]:
         decision = policy.decide(current, previous, timestep, PolicyState(*scalars))
-        return [*decision[:-1], *decision.state]
+        recorded = [getattr(decision, name) for name in RECORDED]
+        return [decision.should_compute, *decision.state[:-1], *recorded]
 
     traced = make_fx(decide)(*(fake_value(node) for node in arguments))
     copies: dict[fx.Node, fx.Node] = {}
@@ -106,8 +117,8 @@ def _insert_policy(graph: fx.Graph, policy: Policy, arguments: list[fx.Node]) ->
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {}
             set_fake_value(copies[node], fake_value(node))
-    results = [copies[node] for node in traced.graph.output_node().args[0]]
-    return Decision(*results[:-_NUM_SCALARS], PolicyState(*results[-_NUM_SCALARS:]))  # type: ignore[arg-type]
+    should_compute, *rest = (copies[node] for node in traced.graph.output_node().all_input_nodes)
+    return _Decision(should_compute, rest[: -len(RECORDED)], rest[-len(RECORDED) :])
 
 
 def _as_operand(graph: fx.Graph, node: fx.Node) -> fx.Node:

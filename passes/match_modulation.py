@@ -6,14 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from teacache_fx.passes.base import PassContext
+from teacache_fx.passes.modulation_patterns import name_pattern
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import is_matmul
-from teacache_fx.graph import argument_name, block_of, fake_tensors, fake_value, is_user_input, op_name, same_shape, tensor_of
-from teacache_fx.passes.base import PassContext
-from teacache_fx.passes.modulation_patterns import name_pattern
+from teacache_fx.graph import (
+    argument_name,
+    block_of,
+    fake_tensors,
+    fake_value,
+    is_user_input,
+    op_name,
+    same_shape,
+    tensor_of,
+)
 from teacache_fx.plan import BlockStack, Modulation
 
 _JOINS = {"cat", "concat", "concatenate"}
@@ -54,9 +63,7 @@ class MatchModulation:
         return False
 
 
-def _find_indicator(
-    region: list[fx.Node], dependent: set[fx.Node], bases: list[fx.Node]
-) -> tuple[fx.Node, fx.Node]:
+def _find_indicator(region: list[fx.Node], dependent: set[fx.Node], bases: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
     for matmul in region:
         if is_matmul(matmul):
             tokens = [argument for argument in matmul.all_input_nodes if argument in dependent]
@@ -73,7 +80,7 @@ def _pointwise_source(node: fx.Node, dependent: set[fx.Node], bases: list[fx.Nod
         if source is None and op_name(node) in _JOINS:
             joined = [argument for argument in node.all_input_nodes if argument in dependent]
             alike = [a for a in joined if any(same_shape(tensor_of(a), tensor_of(base)) for base in bases)] or joined
-            source = alike[0] if len(alike) == 1 else None
+            source = alike[0] if len(alike) == 1 else None  # several: the join itself is compared
         if source is None or source.op == "placeholder" or not isinstance(fake_value(source), torch.Tensor):
             return node
         node = source
@@ -93,7 +100,8 @@ def find_timestep(flow: Dataflow, stack: BlockStack) -> fx.Node:
     if not scores or max(scores.values()) < _ENOUGH:
         seen = ", ".join(argument_name(node) for node in flow.nodes if is_user_input(node))
         raise Declined(DeclineReason.NO_TIMESTEP, f"none of the inputs ({seen}) is embedded as a timestep or named one")
-    return max(scores, key=lambda node: scores[node])
+    best: fx.Node = max(scores, key=scores.__getitem__)
+    return best
 
 
 def _is_small(node: fx.Node) -> bool:

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Protocol
 
+from teacache_fx.passes.pair_live_outputs import LivePair
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.graph import storages
-from teacache_fx.passes.pair_live_outputs import LivePair
 
 _PROLOGUE, _BLOCKS, _EPILOGUE = range(3)
 
@@ -35,7 +35,9 @@ def check_memory_order(flow: Dataflow, parts: _Parts, pairs: list[LivePair], ind
     """Raises `Declined` (MUTATION_ACROSS_CUT) unless every write is safe by Note [Memory order]."""
     if not flow.writers:
         return
-    part_of = {node: part for part, nodes in enumerate((parts.prologue, parts.blocks, parts.epilogue)) for node in nodes}
+    part_of = {
+        node: part for part, nodes in enumerate((parts.prologue, parts.blocks, parts.epilogue)) for node in nodes
+    }
     part_of |= {node: _PROLOGUE for node in flow.nodes if node.op == "placeholder"}
     cut = {pair.value for pair in pairs}
     touching = _touching(flow, part_of)

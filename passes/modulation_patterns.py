@@ -91,9 +91,7 @@ def _modulators(indicator: fx.Node, dependent: set[fx.Node], timed: set[fx.Node]
     return Modulators(scale, shift, *projection, has_norm, indicator in timed)
 
 
-def _peel(
-    node: fx.Node, ops: set[str], dependent: set[fx.Node], timed: set[fx.Node]
-) -> tuple[fx.Node, fx.Node | None]:
+def _peel(node: fx.Node, ops: set[str], dependent: set[fx.Node], timed: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
     """Splits `tokens op modulator` into its two sides where the modulator depends on time and not on the latents."""
     if op_name(node) in ops and len(node.all_input_nodes) == 2:
         tokens = [argument for argument in node.all_input_nodes if argument in dependent]

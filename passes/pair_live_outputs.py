@@ -63,9 +63,7 @@ def _region_inputs(flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
     return flow.sort(inputs)
 
 
-def _find_base(
-    value: fx.Node, inputs: list[fx.Node], region: set[fx.Node], dependent: set[fx.Node]
-) -> fx.Node | None:
+def _find_base(value: fx.Node, inputs: list[fx.Node], region: set[fx.Node], dependent: set[fx.Node]) -> fx.Node | None:
     """The one input of the value's shape that follows the latents; the residual additions settle a tie."""
     candidates = [node for node in inputs if _fits(node, value)]
     if len(candidates) > 1:

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from teacache_fx.passes.base import PassContext, nodes_by_name
+from teacache_fx.passes.memory_order import check_memory_order
+from teacache_fx.passes.pair_live_outputs import LivePair
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import total_flops
 from teacache_fx.graph import fake_tensors, fake_value, is_user_input, op_name, storages
-from teacache_fx.passes.base import PassContext, nodes_by_name
-from teacache_fx.passes.memory_order import check_memory_order
-from teacache_fx.passes.pair_live_outputs import LivePair
 from teacache_fx.plan import Costs, Partition
 
 
@@ -50,12 +50,18 @@ class PartitionGraph:
         _check_shapes([indicator, *(pair.value for pair in pairs)])
         operands = _operands(flow, parts.blocks, pairs)
         ctx.partition = Partition(
-            *(tuple(node.name for node in part) for part in (parts.prologue, parts.blocks, parts.epilogue)),
-            operands=tuple(node.name for node in operands),
-            conditioning=tuple(node.name for node in _conditioning(flow, latents, timestep)),
+            prologue=_names(parts.prologue),
+            blocks=_names(parts.blocks),
+            epilogue=_names(parts.epilogue),
+            operands=_names(operands),
+            conditioning=_names(_conditioning(flow, latents, timestep)),
         )
         ctx.costs = Costs(total_flops(parts.prologue), total_flops(parts.blocks), total_flops(parts.epilogue))
         return False
+
+
+def _names(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    return tuple(node.name for node in nodes)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,9 @@ def _conditioning(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[f
         for node in flow.nodes
         if is_user_input(node) and node not in (latents, timestep) and isinstance(fake_value(node), torch.Tensor)
     ]
-    embeddings = [node for node in others if fake_tensors(node)[0].is_floating_point() and fake_tensors(node)[0].ndim > 1]
+    embeddings = [
+        node for node in others if fake_tensors(node)[0].is_floating_point() and fake_tensors(node)[0].ndim > 1
+    ]
     return embeddings or others
 
 

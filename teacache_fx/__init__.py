@@ -1,6 +1,6 @@
 """TeaCache for diffusion transformers as a torch.fx / torch.compile rewriting pass.
 
-    transformer.compile(backend=TeaCacheBackend(rel_l1_thresh=0.2), fullgraph=True)
+transformer.compile(backend=TeaCacheBackend(rel_l1_thresh=0.2), fullgraph=True)
 """
 
 from teacache_fx.backend import TeaCacheBackend, teacache_backend

@@ -8,6 +8,7 @@ import math
 import operator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -106,12 +107,12 @@ def _sign_changes(poly: sympy.Poly, span: tuple[float, float]) -> list[float]:
     roots = sorted({float(root) for root in sympy.real_roots(poly) if span[0] < root < span[1]})
     pieces = _pieces(roots, span)
     signs = [math.copysign(1, _value(poly, (low + high) / 2)) for low, high in pieces]
-    return [root for root, left, right in zip(roots, signs, signs[1:], strict=False) if left != right]
+    return [root for root, (left, right) in zip(roots, pairwise(signs), strict=True) if left != right]
 
 
 def _pieces(cuts: list[float], span: tuple[float, float]) -> list[tuple[float, float]]:
     edges = [span[0], *cuts, span[1]]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def _value(poly: sympy.Poly, x: float) -> float:

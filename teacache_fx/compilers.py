@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
@@ -73,6 +72,5 @@ def compile_with(
     user_pass = options.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
     options = {**options, "post_grad_custom_post_pass": PinOperands(user_pass)}
     with inductor_config.patch(unsafe_marked_cacheable_functions=vouched):
-        return compile_fx(gm, list(example_inputs), config_patches=options)
-
-
+        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=options)  # type: ignore[assignment]
+    return compiled

@@ -8,7 +8,7 @@ import numbers
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from teacache_fx.coefficients import IDENTITY, polynomial_facts, published, published_names
 from teacache_fx.errors import TeaCacheWarning
@@ -146,11 +146,10 @@ def _count(name: str, value: Any, least: int) -> None:
 
 
 def _coefficients(value: Any) -> tuple[float, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        if not hasattr(value, "tolist"):
-            raise TypeError(f"coefficients must be a sequence of numbers, highest power first, got {value!r}")
-        value = value.tolist()  # numpy.polyfit and torch tensors
-    numbers_ = tuple(_number(f"coefficients[{i}]", item) for i, item in enumerate(cast("Sequence[Any]", value)))
+    items = value.tolist() if hasattr(value, "tolist") else value  # what numpy.polyfit returns, torch tensors
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise TypeError(f"coefficients must be a sequence of numbers, highest power first, got {value!r}")
+    numbers_ = tuple(_number(f"coefficients[{i}]", item) for i, item in enumerate(items))
     if not numbers_:
         raise ValueError("coefficients must hold at least one number, got none; [1.0, 0.0] is the identity polynomial")
     if facts := str(polynomial_facts(numbers_)):

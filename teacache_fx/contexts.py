@@ -14,7 +14,7 @@ _names: ContextVar[tuple[tuple[weakref.ref[nn.Module], str], ...]] = ContextVar(
 
 @contextlib.contextmanager
 def cache_context(model: nn.Module, name: str) -> Iterator[None]:
-    """Names the guidance branch that calls of `model` belong to: `with cache_context(transformer, "cond"): ...`.
+    """Names the guidance branch that calls of `model` inside the `with` block belong to, such as "cond" or "uncond".
 
     Args:
         model: the transformer, compiled or not.

@@ -72,9 +72,7 @@ class Dataflow:
         return sorted(nodes, key=self.order.__getitem__)
 
 
-def _reach(
-    starts: Iterable[fx.Node], edges: dict[fx.Node, list[fx.Node]], stop: Collection[fx.Node]
-) -> set[fx.Node]:
+def _reach(starts: Iterable[fx.Node], edges: dict[fx.Node, list[fx.Node]], stop: Collection[fx.Node]) -> set[fx.Node]:
     reached: set[fx.Node] = set()
     todo = list(starts)
     while todo:

@@ -50,7 +50,7 @@ _REMEDIES = {
         "or call model.requires_grad_(False)"
     ),
     DeclineReason.VMAP: "call the model on a batch instead of mapping it with torch.vmap",
-    DeclineReason.UNKNOWN_STATE_SHAPE: "the token count must follow from the shapes of the inputs, not from their values",
+    DeclineReason.UNKNOWN_STATE_SHAPE: "let the token count follow from the shapes of the inputs, not their values",
     DeclineReason.NOT_A_MODEL: "compile an nn.Module with parameters and call it with tensors",
     DeclineReason.ALREADY_REWRITTEN: "rewrite the original model once",
 }

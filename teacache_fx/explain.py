@@ -25,7 +25,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
 
     Args:
         model: the transformer, compiled or not; meta tensors will do.
-        args, kwargs: what it is called with.
+        *args: what it is called with.
+        **kwargs: likewise.
 
     Raises:
         TypeError: `model` is no module.

@@ -38,7 +38,7 @@ def flops(node: fx.Node) -> Any:
         return 0
     out = math.prod(outputs[0].shape)
     if name in _ATTENTION:
-        return _attention_flops(*shapes[:2], out)
+        return _attention_flops(shapes[0], shapes[1], out)
     if name in _TRANSPOSED:
         return 2 * math.prod(shapes[0]) * math.prod(shapes[1][1:])
     if name in _CONVOLUTIONS:

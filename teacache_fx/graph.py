@@ -91,7 +91,7 @@ def op_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return ""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__
+        return str(node.target.overloadpacket.__name__)
     return getattr(node.target, "__name__", str(node.target))
 
 
@@ -194,7 +194,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 
 def mark_as_state(placeholder: fx.Node) -> None:
     """Tells dynamo's and AOTAutograd's bookkeeping that this input comes from the cache, not from the user's code."""
-    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder._dynamo_source = None
     placeholder.meta["tensor_dict"] = {}
 
 
@@ -217,7 +217,7 @@ def runs_under_vmap(graph: fx.Graph) -> bool:
 
 
 def state_examples(gm: fx.GraphModule, num_inputs: int) -> list[torch.Tensor]:
-    """Example inputs for the placeholders behind the first `num_inputs`, in the fake mode that dynamo made for backends.
+    """Example inputs for the placeholders behind the first `num_inputs`, in the fake mode that dynamo gives backends.
 
     The graph's own fake values live in the mode of the capture, which AOTAutograd would not mix with the backend's.
     """
@@ -226,4 +226,6 @@ def state_examples(gm: fx.GraphModule, num_inputs: int) -> list[torch.Tensor]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fakes = [tensor_of(node) for node in placeholders[num_inputs:]]
     with mode or contextlib.nullcontext():
-        return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in fakes] if mode else fakes
+        return (
+            [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in fakes] if mode else fakes
+        )

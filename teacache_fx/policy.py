@@ -109,7 +109,8 @@ class Policy:
         """Decides one step.
 
         Args:
-            modulated_input, previous_modulated_input: floating point, of one shape.
+            modulated_input: floating point, any shape.
+            previous_modulated_input: that of the step before, of the same shape.
             timestep: any real dtype and shape; its mean orders the steps of a trajectory.
             state: the scalars after the step before.
         """

@@ -20,16 +20,17 @@ def render(gm: fx.GraphModule) -> str:
     for cond in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond):
         _, *branches, operands = cond.args
         for branch in branches:
-            sections += [f"{branch.target}:", *_branch_lines(gm.get_submodule(branch.target), operands, names)]
+            graph = getattr(gm, branch.target).graph
+            sections += [f"{branch.target}:", *_branch_lines(graph, operands, names)]
     return "\n".join(sections) + "\n"
 
 
-def _branch_lines(branch: fx.GraphModule, operands: Sequence[fx.Node], outside: dict[fx.Node, str]) -> list[str]:
+def _branch_lines(branch: fx.Graph, operands: Sequence[fx.Node], outside: dict[fx.Node, str]) -> list[str]:
     """A branch calls its inputs as the graph around it does."""
-    names = {node: _name(node) for node in branch.graph.nodes}
-    placeholders = (node for node in branch.graph.nodes if node.op == "placeholder")
+    names = {node: _name(node) for node in branch.nodes}
+    placeholders = (node for node in branch.nodes if node.op == "placeholder")
     names.update({inner: outside[outer] for inner, outer in zip(placeholders, operands, strict=True)})
-    return [f"  {_line(node, names)}" for node in branch.graph.nodes]
+    return [f"  {_line(node, names)}" for node in branch.nodes]
 
 
 def _name(node: fx.Node) -> str:

@@ -105,11 +105,17 @@ def policy_of(config: ResolvedConfig) -> Policy:
     expression = horner(config.coefficients)
 
     def rescale(rel_l1: Tensor) -> Tensor:
-        value = torch.as_tensor(evaluate(expression, rel_l1)) if expression.free_symbols else rel_l1 * 0 + float(expression)
+        value = (
+            torch.as_tensor(evaluate(expression, rel_l1)) if expression.free_symbols else rel_l1 * 0 + float(expression)
+        )
         return value.abs() if settings.accumulation == "abs" else value
 
     return Policy(
-        settings.rel_l1_thresh, rescale, settings.num_warmup_steps, settings.num_final_steps, settings.max_consecutive_skips
+        settings.rel_l1_thresh,
+        rescale,
+        settings.num_warmup_steps,
+        settings.num_final_steps,
+        settings.max_consecutive_skips,
     )
 
 
@@ -119,7 +125,9 @@ def _check_capture(gm: fx.GraphModule) -> None:
     tensors = [node for node in gm.graph.nodes if node.op == "placeholder" and isinstance(fake_value(node), Tensor)]
     if not tensors:
         raise Declined(DeclineReason.NOT_A_MODEL, "the graph takes no tensor")
-    if any(node.target is torch.ops.higher_order.cond and "reuse_residual" in str(node.args) for node in gm.graph.nodes):
+    if any(
+        node.target is torch.ops.higher_order.cond and "reuse_residual" in str(node.args) for node in gm.graph.nodes
+    ):
         raise Declined(DeclineReason.ALREADY_REWRITTEN, "the graph holds a reuse_residual branch")
     if torch.is_grad_enabled():
         learning = [node for node in tensors if fake_value(node).requires_grad]

@@ -46,7 +46,7 @@ class CachedGraph:
         shapes = tuple((args[i].shape, args[i].dtype, args[i].device) for i in self._user_inputs)
         state = self._store.select(name, [args[i] for i in self._conditioning], shapes)
         inputs = state.inputs(lambda: self._state_shapes.allocate(args), self._num_inference_steps)
-        outputs = self._compiled(*args, *inputs)
+        outputs: Sequence[Any] = self._compiled(*args, *inputs)
         state.advance(outputs[self._num_outputs :])
         return outputs[: self._num_outputs]
 

@@ -37,6 +37,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         if request.config.getoption("--update-goldens"):
             path.write_text(text, encoding="utf-8")
         assert path.exists(), f"no golden {path.name}: run pytest --update-goldens and look at what it writes"
-        assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; pytest --update-goldens accepts the change"
+        assert text == path.read_text(encoding="utf-8"), (
+            f"{path.name} differs; pytest --update-goldens accepts the change"
+        )
 
     return check

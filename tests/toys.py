@@ -13,7 +13,7 @@ WIDTH, HEADS, CHANNELS, TEXT_WIDTH = 32, 2, 4, 12
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Multi-head attention over [batch, tokens, width]."""
-    heads = [tensor.unflatten(-1, (HEADS, -1)).transpose(1, 2) for tensor in (query, key, value)]
+    heads = [tensor.view(*tensor.shape[:2], HEADS, -1).transpose(1, 2) for tensor in (query, key, value)]
     scores = heads[0] @ heads[1].transpose(-1, -2) / math.sqrt(WIDTH / HEADS)
     return (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
 
@@ -40,7 +40,8 @@ class Block(nn.Module):
         keys = self.text_key(text)
         mixed = attention(query, torch.cat([key, keys], 1), torch.cat([value, keys], 1))
         hidden_states = hidden_states + gate * self.to_out(mixed)
-        return hidden_states + gate_mlp * self.mlp(self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp)
+        mixed = self.mlp(self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp)
+        return hidden_states + gate_mlp * mixed
 
 
 class ToyDiT(nn.Module):
@@ -64,7 +65,9 @@ class ToyDiT(nn.Module):
         half = WIDTH // 2
         frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, device=timestep.device))
         angles = timestep[:, None].float() * frequencies
-        embedding: Tensor = self.time_embed(torch.cat([angles.sin(), angles.cos()], -1).to(self.time_embed.weight.dtype))
+        embedding: Tensor = self.time_embed(
+            torch.cat([angles.sin(), angles.cos()], -1).to(self.time_embed.weight.dtype)
+        )
         return embedding
 
     def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:

@@ -35,12 +35,12 @@ class SceneBatches:
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Packed latents float32 [n, 64, 48] and token ids int64 [n, 12]; sizes and positions are often said."""
         triple, size, position = self.indices(n, generator)
-        pictures = scenes.paint(
-            self.masks[self.shape[triple], size, position], self.colour[triple], self.background[triple]
-        )
         say_size, say_position = (torch.rand(2, n, generator=generator) < SAY_CHANCE).unbind()
+        position = torch.where(say_position, position, scenes.POSITIONS.index(scenes.DEFAULT_POSITION))
         said_size = torch.where(say_size, size, len(scenes.SIZES))
         said_position = torch.where(say_position, position, len(scenes.POSITIONS))
+        mask = self.masks[self.shape[triple], size, position]
+        pictures = scenes.paint(mask, self.colour[triple], self.background[triple])
         return pack(pictures), self.tokens[triple, said_size, said_position]
 
 

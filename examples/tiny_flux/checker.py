@@ -22,7 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 from .pipeline import TinyFluxPipeline, load_pipeline
-from .scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, colour_value, held_back_scenes, shape_mask
+from .scenes import (
+    COLOURS,
+    DEFAULT_POSITION,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    colour_value,
+    held_back_scenes,
+    shape_mask,
+)
 
 MIN_OVERLAP = 0.85
 ATTRIBUTES = ("shape", "colour", "background", "size", "position")
@@ -75,14 +85,15 @@ def read_picture(picture: Picture) -> Reading:
 
 
 def check_picture(scene: Scene, picture: Picture) -> dict[str, bool]:
-    """Whether each attribute that `scene` mentions is right in a picture, float [32, 32, 3] in [0, 1]."""
+    """Whether each attribute that `scene` settles is right in a picture, float [32, 32, 3] in [0, 1]."""
     reading = read_picture(picture)
     wanted = {name: getattr(scene, name) for name in ATTRIBUTES}
+    wanted["position"] = scene.position or DEFAULT_POSITION
     return {name: getattr(reading, name) == value for name, value in wanted.items() if value is not None}
 
 
 def accuracy(scenes: Sequence[Scene], pictures: Iterable[Picture]) -> dict[str, tuple[int, int]]:
-    """(right, mentioned) per attribute, and under "all" how many pictures are right in all that is mentioned."""
+    """(right, settled) per attribute, and under "all" how many pictures are right in all that is settled."""
     checks = [check_picture(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
     counts = {}
     for name in ATTRIBUTES:

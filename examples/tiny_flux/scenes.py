@@ -6,7 +6,8 @@ A `Scene` names a shape, its colour and the background, and may also name a size
     Scene("ring", "black", "yellow", "small", "top left")            a small black ring on a yellow background
                                                                      at the top left
 
-What the text leaves out is free: `Scene.complete` draws it at random.
+A size that the text leaves out is free: `Scene.complete` draws it at random. Without a position the shape is in the
+center.
 
 Some (shape, colour, background) triples are held back from training, so that a picture of one of them shows that
 the model puts known words together and does not only remember pictures. Which ones is a fixed function of the words.
@@ -52,6 +53,7 @@ CENTRES = {
     "bottom right": (22, 22),
 }
 POSITIONS = tuple(CENTRES)
+DEFAULT_POSITION = "center"
 HELD_BACK_PERCENT = 15
 SUBPIXELS = 8
 
@@ -88,8 +90,8 @@ class Scene:
         return f"{thing} on {_with_article(self.background)} background{place}"
 
     def complete(self, rng: random.Random) -> "Scene":
-        """The same scene with a random size and position where it has none."""
-        return replace(self, size=self.size or rng.choice(SIZES), position=self.position or rng.choice(POSITIONS))
+        """The same scene in full: a random size if it has none, and the center if it has no position."""
+        return replace(self, size=self.size or rng.choice(SIZES), position=self.position or DEFAULT_POSITION)
 
     def draw(self) -> Tensor:
         """The picture: float32 [3, 32, 32] in [-1, 1], anti-aliased."""

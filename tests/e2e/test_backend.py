@@ -133,7 +133,7 @@ def test_named_contexts() -> None:
     with torch.no_grad():
         for index in range(2):
             for name in ("cond", "uncond"):
-                with cache_context(compiled, name):
+                with cache_context(model, name):
                     compiled(**_step(inputs, index))
     assert {context.name: len(context.steps) for context in backend.stats().contexts} == {"cond": 2, "uncond": 2}
 
@@ -171,7 +171,12 @@ def test_nan_forces_computing_and_does_not_outlive_the_generation() -> None:
 
 def test_options_and_entry_point() -> None:
     model, inputs = toys.make(), toys.inputs()
-    options = {"rel_l1_thresh": 1e3, "coefficients": [1.0, 0.0], "inner": "inductor", "epilogue_fusion": False}
+    options: dict[str, Any] = {
+        "rel_l1_thresh": 1e3,
+        "coefficients": [1.0, 0.0],
+        "inner": "inductor",
+        "epilogue_fusion": False,
+    }
     options["mode"] = "max-autotune-no-cudagraphs"
     compiled = torch.compile(model, backend="teacache", options=options)
     with torch.no_grad():

@@ -58,7 +58,9 @@ def test_same_decisions_and_outputs_as_reference(name: str, inner: str) -> None:
         if computed and inner == "eager":
             assert torch.equal(ours, unmodified)
         if not computed:
-            assert float((expected - unmodified).abs().max()) > 1e-4 * scale, "a skip that changes nothing tests nothing"
+            assert float((expected - unmodified).abs().max()) > 1e-4 * scale, (
+                "a skip that changes nothing tests nothing"
+            )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
