@@ -113,8 +113,8 @@ def _draw_distance(axes: Axes, run: CachedRun) -> None:
     for steps, colour, width in ((run.cond, COND, 1.6), (run.uncond, UNCOND, 1.0)):
         values = [step.accumulated for step in steps]
         axes.plot(values, color=colour, linewidth=width, zorder=2)
-        computed = [(index, values[index]) for index, step in enumerate(steps) if not step.skipped]
-        axes.scatter(*zip(*computed, strict=True), s=7 * width**2, color=colour, zorder=3)
+        computed = [index for index, step in enumerate(steps) if not step.skipped]
+        axes.scatter(computed, [values[index] for index in computed], s=7 * width**2, color=colour, zorder=3)
     axes.axhline(run.rel_l1_thresh, color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
     axes.set_ylim(0, 1.12 * max(run.rel_l1_thresh, *(step.accumulated for step in (*run.cond, *run.uncond))))
     axes.set_ylabel("accumulated\ndistance", color=INK, size=8)

@@ -64,8 +64,11 @@ def psnr_db(pictures: Pictures, reference: Pictures) -> float:
 
 def mean_ssim(pictures: Pictures, reference: Pictures) -> float:
     """Structural similarity, mean over the pictures; 1 if they are equal."""
-    pairs = zip(pictures, reference, strict=True)
-    return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs]))
+    values = [
+        structural_similarity(picture, other, channel_axis=-1, data_range=1.0)  # type: ignore[no-untyped-call]
+        for picture, other in zip(pictures, reference, strict=True)
+    ]
+    return float(np.mean(values))
 
 
 @dataclass(frozen=True)

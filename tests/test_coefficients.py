@@ -166,6 +166,11 @@ def test_facts_in_special_cases(
     assert inner == pytest.approx(turning_points, abs=1e-4)
 
 
+def test_facts_at_multiple_roots_that_are_exact() -> None:
+    assert polynomial_facts((-1.0, 0.25, -0.015625)) == PolynomialFacts(((0.0, 0.3),), (0.125,))  # -(x - 1/8)²
+    assert polynomial_facts((1.0, -0.375, 0.046875, -0.001953125)) == PolynomialFacts(((0.0, 0.125),), ())  # (x - 1/8)³
+
+
 def test_facts_of_another_range() -> None:
     facts = polynomial_facts((1.0, -2.0, 0.75), (0.0, 2.0))
     assert facts == PolynomialFacts(((0.5, 1.5),), (1.0,))

@@ -125,7 +125,9 @@ def test_coefficients_must_hold_numbers(item: Any) -> None:
         TeaCacheConfig(coefficients=(1.0, item))
 
 
-@pytest.mark.parametrize("value", ["1.0, 0.0", 1.0, 3, {1.0: 2.0}, {1.0}, iter([1.0]), object()])
+@pytest.mark.parametrize(
+    "value", ["1, 0", 1.0, {1.0: 2.0}, iter([1.0]), np.float64(1), np.array(1.0), torch.tensor(1.0)]
+)
 def test_coefficients_must_be_a_sequence(value: Any) -> None:
     message = f"coefficients must be a sequence of numbers, highest power first, got {value!r}"
     with pytest.raises(TypeError, match=re.escape(message)):
@@ -138,9 +140,9 @@ def test_coefficients_must_be_flat(value: Any) -> None:
         TeaCacheConfig(coefficients=value)
 
 
-@pytest.mark.xfail(strict=True, reason="scalars end in \"'float' object is not iterable\"; bytes pass as integers")
-@pytest.mark.parametrize("value", [np.float64(1), np.array(1.0), torch.tensor(1.0), b"12"])
-def test_scalars_and_bytes_are_no_sequence_of_coefficients(value: Any) -> None:
+@pytest.mark.xfail(strict=True, reason="bytes are a sequence of integers")
+def test_bytes_are_no_coefficients() -> None:
+    value: Any = b"12"
     with pytest.raises(TypeError, match="coefficients must be a sequence of numbers"):
         TeaCacheConfig(coefficients=value)
 

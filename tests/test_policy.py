@@ -60,7 +60,7 @@ class Reference:
             rescaled = sum(c * rel**power for power, c in enumerate(reversed(self.coefficients)))
             self.accumulated += rescaled if self.signed else abs(rescaled)
         compared = self.accumulated
-        in_final = self.total is not None and self.total - self.final <= self.index
+        in_final = self.total is not None and self.final > 0 and self.total - self.final <= self.index
         spent = self.limit is not None and self.skips >= self.limit
         compute = new or self.index < self.warmup or in_final or spent or compared >= self.thresh
         self.index += 1
@@ -85,7 +85,7 @@ def scenarios(draw: st.DrawFn) -> tuple[Reference, list[tuple[list[float], float
         draw(st.booleans()),
         draw(st.sampled_from([0, 0, 1, 3])),
         draw(st.sampled_from([0, 1, 3])),
-        draw(st.sampled_from([None, length, length + 5])),
+        draw(st.sampled_from([None, max(1, length - 3), length, length + 5])),
         draw(st.sampled_from([None, None, 1, 2])),
     )
     return reference, steps

@@ -120,6 +120,12 @@ def test_final_steps_are_computed_if_the_length_is_known(total: int, tail: list[
     assert found == [R.FIRST, R.SKIPPED, R.SKIPPED, R.SKIPPED, *tail]
 
 
+@pytest.mark.parametrize(("final", "tail"), [(0, R.SKIPPED), (1, R.FINAL)])
+def test_a_generation_may_run_past_its_known_length(final: int, tail: StepReason) -> None:
+    found = reasons(run(plain(num_final_steps=final), [1.0] * 5, falling(5), 3))  # a sampler of two calls per step
+    assert found == [R.FIRST, R.SKIPPED, tail, tail, tail]
+
+
 def test_final_steps_count_anew_in_each_generation() -> None:
     found = reasons(run(plain(num_final_steps=1), [1.0] * 6, [3, 2, 1, 3, 2, 1], 3))
     assert found == [R.FIRST, R.SKIPPED, R.FINAL, R.TRAJECTORY_RESTARTED, R.SKIPPED, R.FINAL]

@@ -40,8 +40,9 @@ class Block(nn.Module):
         keys = self.text_key(text)
         mixed = attention(query, torch.cat([key, keys], 1), torch.cat([value, keys], 1))
         hidden_states = hidden_states + gate * self.to_out(mixed)
-        mixed = self.mlp(self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp)
-        return hidden_states + gate_mlp * mixed
+        more = self.mlp(self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp)
+        result: Tensor = hidden_states + gate_mlp * more
+        return result
 
 
 class ToyDiT(nn.Module):

@@ -118,7 +118,8 @@ def test_vmap() -> None:
     backend = TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager", on_decline="raise")
 
     def mapped(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return torch.vmap(lambda h, t, e: model(h, t, e))(hidden_states, timestep, encoder_hidden_states)
+        result: Tensor = torch.vmap(model)(hidden_states, timestep, encoder_hidden_states)
+        return result
 
     with torch.no_grad(), pytest.raises(Declined, match="vmap"):
         torch.compile(mapped, backend=backend)(**stacked)

@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a virtual environment of its own with pinned dependencies.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help venv demo test goldens types lint bench train clean
+
+help: ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+venv: $(READY) ## Set up the virtual environment
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv ## Sample pictures uncached and with TeaCache, side by side; writes out/demo
+	$(BIN)/python -m examples.demo
+
+test: venv ## Run the tests
+	$(BIN)/python -m pytest -n 2
+
+goldens: venv ## Rewrite the golden texts of the passes; read the diff before you commit it
+	$(BIN)/python -m pytest tests/passes/test_goldens.py --update-goldens
+
+types: venv ## Check types strictly
+	$(BIN)/python -m pip install --quiet --no-deps -e . --config-settings editable_mode=strict
+	$(BIN)/mypy
+
+lint: venv ## Check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: venv ## Measure compile time and the cost of each kind of step
+	$(BIN)/python -m benchmarks.compile_time
+	$(BIN)/python -m benchmarks.step_time
+
+train: venv ## Train the demo's model anew (about an hour on 2 cores); resumes after an interruption
+	$(BIN)/python -m examples.train_tiny_flux
+
+clean: ## Remove the virtual environment and all that was written
+	rm -rf $(VENV) out build *.egg-info
