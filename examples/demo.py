@@ -140,7 +140,10 @@ def compare(options: Options, thresholds: Sequence[float]) -> Report:
 
 def at_least_one(text: str) -> int:
     """An integer option."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
@@ -148,7 +151,10 @@ def at_least_one(text: str) -> int:
 
 def threshold_value(text: str) -> float:
     """A threshold."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
     if not (number > 0 and math.isfinite(number)):
         raise argparse.ArgumentTypeError(f"must be greater than 0 and finite, got {text}")
     return number

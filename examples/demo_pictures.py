@@ -25,7 +25,7 @@ COND, UNCOND, SKIPPED = "#1f6fb4", "#e07b16", "#ececec"
 
 # Inches.
 CELL, GAP = 1.12, 0.07
-LABEL_WIDTH, HEADER_HEIGHT, MARGIN = 1.95, 1.3, 0.18
+LABEL_WIDTH, HEADER_HEIGHT, MARGIN = 1.95, 1.05, 0.18
 
 
 def save_grid(report: Report, path: Path) -> None:
@@ -74,7 +74,7 @@ def _baseline_label(report: Report) -> str:
 def _cached_label(report: Report, run: CachedRun) -> str:
     return (
         f"{run.computed_steps:g} of {report.steps} steps computed\n"
-        f"{run.seconds:.1f} s, {report.speedup(run):.2f}x faster\n"
+        f"{run.seconds:.1f} s, speed-up {report.speedup(run):.2f}x\n"
         f"PSNR {report.psnr_db(run):.1f} dB"
     )
 
@@ -99,9 +99,9 @@ def save_timeline(report: Report, path: Path) -> None:
         strip = figure.add_subplot(grid[3 * index + 1], sharex=distance)
         _draw_distance(distance, run)
         _draw_strip(strip, run)
-        speedup = f"{run.computed_steps:g} of {report.steps} steps computed, {report.speedup(run):.2f}x faster"
+        result = f"{run.computed_steps:g} of {report.steps} steps computed, speed-up {report.speedup(run):.2f}x"
         distance.set_title(f"threshold {run.rel_l1_thresh:g}", loc="left", color=INK, weight="bold", size=10)
-        distance.set_title(f"{speedup}, PSNR {report.psnr_db(run):.1f} dB", loc="right", color=INK, size=9)
+        distance.set_title(f"{result}, PSNR {report.psnr_db(run):.1f} dB", loc="right", color=INK, size=9)
         strip.tick_params(labelbottom=index == count - 1)
     strip.set_xlabel("denoising step", color=INK, size=9)
     figure.legend(handles=_legend(), loc="upper center", ncols=5, frameon=False, fontsize=8.5)
@@ -109,12 +109,14 @@ def save_timeline(report: Report, path: Path) -> None:
 
 
 def _draw_distance(axes: Axes, run: CachedRun) -> None:
-    """The sawtooth of the accumulated distance; a computed step, which sets it back, has a filled marker."""
+    """The sawtooth of the accumulated distance, which a computed step (a dot) sets back to 0."""
     for steps, colour, width in ((run.cond, COND, 1.6), (run.uncond, UNCOND, 1.0)):
-        values = [step.accumulated for step in steps]
-        axes.plot(values, color=colour, linewidth=width, zorder=2)
-        computed = [index for index, step in enumerate(steps) if not step.skipped]
-        axes.scatter(computed, [values[index] for index in computed], s=7 * width**2, color=colour, zorder=3)
+        computed = [(index, step.accumulated) for index, step in enumerate(steps) if not step.skipped]
+        drops = [(index, 0.0) for index, _ in computed]
+        points = [(index, step.accumulated) for index, step in enumerate(steps)]
+        path = sorted(points + drops, key=lambda point: point[0])  # stable: a drop comes after the step's own point
+        axes.plot([x for x, _ in path], [y for _, y in path], color=colour, linewidth=width, zorder=2)
+        axes.scatter([x for x, _ in computed], [y for _, y in computed], s=7 * width**2, color=colour, zorder=3)
     axes.axhline(run.rel_l1_thresh, color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
     axes.set_ylim(0, 1.12 * max(run.rel_l1_thresh, *(step.accumulated for step in (*run.cond, *run.uncond))))
     axes.set_ylabel("accumulated\ndistance", color=INK, size=8)

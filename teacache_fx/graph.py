@@ -1,6 +1,6 @@
 """Reading and copying FX graphs as dynamo captures them. All use of private torch API stands in this file.
 
-Tried on torch 2.11, 2.13 and 2.15 where a function says nothing else.
+Tried on torch 2.13.
 """
 
 from __future__ import annotations

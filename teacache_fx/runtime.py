@@ -35,6 +35,7 @@ class CachedGraph:
         self._num_inference_steps = config.num_inference_steps or 0
         self._num_outputs = rewritten.signature.num_outputs
         self._state_shapes = StateShapes(placeholders, rewritten.signature.tensors)
+        self._layout = len(rewritten.signature.tensors)
         self._conditioning = [i for i, node in enumerate(placeholders) if node.name in conditioning]
         self._user_inputs = [
             i for i, node in enumerate(placeholders) if is_user_input(node) and isinstance(fake_value(node), Tensor)
@@ -44,7 +45,7 @@ class CachedGraph:
         """Runs one denoising step."""
         name = context_name(self._owner())
         shapes = tuple((args[i].shape, args[i].dtype, args[i].device) for i in self._user_inputs)
-        state = self._store.select(name, [args[i] for i in self._conditioning], shapes)
+        state = self._store.select(name, [args[i] for i in self._conditioning], (self._layout, shapes))
         inputs = state.inputs(lambda: self._state_shapes.allocate(args), self._num_inference_steps)
         outputs: Sequence[Any] = self._compiled(*args, *inputs)
         state.advance(outputs[self._num_outputs :])

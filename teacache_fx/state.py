@@ -73,7 +73,7 @@ class StateStore:
         Args:
             name: set by the caller with `cache_context`, or `None`.
             conditioning: text embeddings and the like.
-            shapes: shapes, dtypes and devices of all inputs of the call.
+            shapes: shapes, dtypes and devices of all inputs of the call, and how many tensors its state has.
         """
         key = (name, shapes) if name is not None else (tuple(map(id, conditioning)), shapes)
         state = self._states.get(key)
