@@ -57,9 +57,7 @@ class TeaCacheConfig:
         if self.coefficients is not None:
             object.__setattr__(self, "coefficients", _coefficients(self.coefficients))
         if self.transformer_type is not None and not isinstance(self.transformer_type, str):
-            raise TypeError(
-                f"transformer_type must be a class name such as 'FluxTransformer2DModel', got {self.transformer_type!r}"
-            )
+            raise TypeError(f"transformer_type must be the name of a transformer class, got {self.transformer_type!r}")
         if self.accumulation not in ("abs", "signed"):
             raise ValueError(f"accumulation must be 'abs' or 'signed', got {self.accumulation!r}")
         for name, least in (("num_warmup_steps", 0), ("num_final_steps", 0)):

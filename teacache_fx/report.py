@@ -39,7 +39,7 @@ class RewriteReport:
         head = f"{self.model} ({self.num_nodes} nodes)"
         if self.plan is None:
             return f"{head}: declined, runs uncached\n  {self.declined}"
-        return "\n".join([f"{head}: TeaCache inserted", *(f"  {key:<16}{text}" for key, text in self._rows(self.plan))])
+        return "\n".join([f"{head}: TeaCache inserted", *(f"  {key:<18}{text}" for key, text in self._rows(self.plan))])
 
     def _rows(self, plan: CachePlan) -> list[tuple[str, str]]:
         rows = [("block stack", f"{plan.stack.num_blocks} blocks")]

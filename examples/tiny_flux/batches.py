@@ -36,6 +36,7 @@ class SceneBatches:
         """Packed latents float32 [n, 64, 48] and token ids int64 [n, 12]; sizes and positions are often said."""
         triple, size, position = self.indices(n, generator)
         say_size, say_position = (torch.rand(2, n, generator=generator) < SAY_CHANCE).unbind()
+        size = torch.where(say_size, size, scenes.SIZES.index(scenes.DEFAULT_SIZE))
         position = torch.where(say_position, position, scenes.POSITIONS.index(scenes.DEFAULT_POSITION))
         said_size = torch.where(say_size, size, len(scenes.SIZES))
         said_position = torch.where(say_position, position, len(scenes.POSITIONS))

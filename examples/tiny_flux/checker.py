@@ -25,6 +25,7 @@ from .pipeline import TinyFluxPipeline, load_pipeline
 from .scenes import (
     COLOURS,
     DEFAULT_POSITION,
+    DEFAULT_SIZE,
     POSITIONS,
     SHAPES,
     SIZES,
@@ -88,8 +89,9 @@ def check_picture(scene: Scene, picture: Picture) -> dict[str, bool]:
     """Whether each attribute that `scene` settles is right in a picture, float [32, 32, 3] in [0, 1]."""
     reading = read_picture(picture)
     wanted = {name: getattr(scene, name) for name in ATTRIBUTES}
+    wanted["size"] = scene.size or DEFAULT_SIZE
     wanted["position"] = scene.position or DEFAULT_POSITION
-    return {name: getattr(reading, name) == value for name, value in wanted.items() if value is not None}
+    return {name: getattr(reading, name) == value for name, value in wanted.items()}
 
 
 def accuracy(scenes: Sequence[Scene], pictures: Iterable[Picture]) -> dict[str, tuple[int, int]]:

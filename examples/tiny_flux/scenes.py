@@ -6,8 +6,7 @@ A `Scene` names a shape, its colour and the background, and may also name a size
     Scene("ring", "black", "yellow", "small", "top left")            a small black ring on a yellow background
                                                                      at the top left
 
-A size that the text leaves out is free: `Scene.complete` draws it at random. Without a position the shape is in the
-center.
+A shape without a size is large, and one without a position is in the center.
 
 Some (shape, colour, background) triples are held back from training, so that a picture of one of them shows that
 the model puts known words together and does not only remember pictures. Which ones is a fixed function of the words.
@@ -18,7 +17,7 @@ import itertools
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -53,6 +52,7 @@ CENTRES = {
     "bottom right": (22, 22),
 }
 POSITIONS = tuple(CENTRES)
+DEFAULT_SIZE = "large"
 DEFAULT_POSITION = "center"
 HELD_BACK_PERCENT = 15
 SUBPIXELS = 8
@@ -89,15 +89,9 @@ class Scene:
         place = "" if self.position is None else f" at the {self.position}"
         return f"{thing} on {_with_article(self.background)} background{place}"
 
-    def complete(self, rng: random.Random) -> "Scene":
-        """The same scene in full: a random size if it has none, and the center if it has no position."""
-        return replace(self, size=self.size or rng.choice(SIZES), position=self.position or DEFAULT_POSITION)
-
     def draw(self) -> Tensor:
         """The picture: float32 [3, 32, 32] in [-1, 1], anti-aliased."""
-        if self.size is None or self.position is None:
-            raise ValueError(f"{self.prompt!r} leaves size or position open; call complete(rng) before draw()")
-        mask = shape_mask(self.shape, self.size, self.position)
+        mask = shape_mask(self.shape, self.size or DEFAULT_SIZE, self.position or DEFAULT_POSITION)
         return paint(mask, colour_value(self.colour), colour_value(self.background))
 
 
