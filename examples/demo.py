@@ -166,7 +166,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m examples.demo", description="TeaCache on the tiny Flux model: pictures, times and a report."
     )
     parser.add_argument("--steps", type=at_least_one, default=50, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--prompts", type=at_least_one, default=24, help="pictures (default: %(default)s)")
+    parser.add_argument("--prompts", type=at_least_one, default=32, help="pictures (default: %(default)s)")
     parser.add_argument(
         "--thresholds",
         type=threshold_value,

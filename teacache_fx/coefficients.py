@@ -71,10 +71,12 @@ class PolynomialFacts:
     Attributes:
         negative: intervals on which it is below zero.
         turning_points: where it changes between rising and falling; none if it is monotone.
+        falling: it falls throughout, so that a larger change always counts for less.
     """
 
     negative: tuple[tuple[float, float], ...]
     turning_points: tuple[float, ...]
+    falling: bool = False
 
     def __str__(self) -> str:
         faults = []
@@ -82,6 +84,8 @@ class PolynomialFacts:
             faults.append("negative on " + ", ".join(f"[{low:.3g}, {high:.3g}]" for low, high in self.negative))
         if self.turning_points:
             faults.append("not monotone (turns at " + ", ".join(f"{x:.3g}" for x in self.turning_points) + ")")
+        if self.falling:
+            faults.append("falling throughout")
         return " and ".join(faults)
 
 
@@ -93,7 +97,9 @@ def polynomial_facts(coefficients: tuple[float, ...], span: tuple[float, float] 
     negative = tuple(
         (low, high) for low, high in _pieces(_sign_changes(poly, span), span) if _value(poly, (low + high) / 2) < 0
     )
-    return PolynomialFacts(negative, tuple(_sign_changes(poly.diff(x), span)))
+    turning_points = tuple(_sign_changes(poly.diff(x), span))
+    falling = not turning_points and _value(poly, span[1]) < _value(poly, span[0])
+    return PolynomialFacts(negative, turning_points, falling)
 
 
 def horner(coefficients: tuple[float, ...]) -> sympy.Expr:
@@ -104,7 +110,7 @@ def horner(coefficients: tuple[float, ...]) -> sympy.Expr:
 def _sign_changes(poly: sympy.Poly, span: tuple[float, float]) -> list[float]:
     if poly.degree() < 1:
         return []
-    roots = sorted({float(root) for root in sympy.real_roots(poly) if span[0] < root < span[1]})
+    roots = sorted({root for root in map(float, sympy.real_roots(poly)) if span[0] < root < span[1]})
     pieces = _pieces(roots, span)
     signs = [math.copysign(1, _value(poly, (low + high) / 2)) for low, high in pieces]
     return [root for root, (left, right) in zip(roots, pairwise(signs), strict=True) if left != right]
@@ -120,7 +126,7 @@ def _value(poly: sympy.Poly, x: float) -> float:
 
 
 def evaluate(expression: sympy.Expr, x: Any) -> Any:
-    """Evaluates an expression of sums and products at `x`, keeping its order of operations.
+    """Evaluates an expression of sums, products and whole powers at `x`, keeping its order of operations.
 
     `x` may be a number or a tensor: on a tensor this is what puts the Horner form into the graph.
     """
@@ -128,5 +134,7 @@ def evaluate(expression: sympy.Expr, x: Any) -> Any:
         return x
     if expression.is_Number:
         return float(expression)
+    if expression.is_Pow:  # a gap between the terms
+        return evaluate(expression.base, x) ** int(expression.exp)
     terms = [evaluate(argument, x) for argument in sorted(expression.args, key=lambda term: bool(term.is_Number))]
     return functools.reduce(operator.mul if expression.is_Mul else operator.add, terms)

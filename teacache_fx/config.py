@@ -130,7 +130,10 @@ class ResolvedConfig:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the floats
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
@@ -145,7 +148,7 @@ def _count(name: str, value: Any, least: int) -> None:
 
 def _coefficients(value: Any) -> tuple[float, ...]:
     items = value.tolist() if hasattr(value, "tolist") else value  # what numpy.polyfit returns, torch tensors
-    if isinstance(items, str) or not isinstance(items, Sequence):
+    if isinstance(items, (str, bytes, bytearray)) or not isinstance(items, Sequence):
         raise TypeError(f"coefficients must be a sequence of numbers, highest power first, got {value!r}")
     numbers_ = tuple(_number(f"coefficients[{i}]", item) for i, item in enumerate(items))
     if not numbers_:

@@ -130,7 +130,7 @@ class Policy:
             accumulated_rel_l1_distance=torch.where(should_compute, 0.0, accumulated),
             step_index=index + 1,
             consecutive_skips=torch.where(should_compute, 0, state.consecutive_skips + 1),
-            previous_timestep=time,
+            previous_timestep=torch.where(torch.isfinite(time), time, state.previous_timestep),
             timestep_direction=torch.where(begins, 0.0, direction),
             num_inference_steps=state.num_inference_steps,
         )
@@ -139,7 +139,7 @@ class Policy:
     def _reason(
         self, first: Tensor, restarted: Tensor, index: Tensor, accumulated: Tensor, time: Tensor, state: PolicyState
     ) -> Tensor:
-        # `time` is checked too: a timestep that is not a number compares as "not moved" and would disarm the guard.
+        # `time` is checked too: a timestep that is not a number compares as "not moved".
         non_finite = ~(torch.isfinite(accumulated) & torch.isfinite(time))
         reason = torch.where(accumulated >= self.rel_l1_thresh, int(StepReason.THRESHOLD), int(StepReason.SKIPPED))
         if self.max_consecutive_skips is not None:

@@ -77,7 +77,6 @@ def test_rel_l1_thresh_must_be_a_number(value: Any) -> None:
         TeaCacheConfig(rel_l1_thresh=value)
 
 
-@pytest.mark.xfail(strict=True, reason="float(10**400) raises an OverflowError that does not name the argument")
 def test_huge_integers_are_out_of_range() -> None:
     with pytest.raises(ValueError, match="rel_l1_thresh must be finite"):
         TeaCacheConfig(rel_l1_thresh=10**400)
@@ -140,7 +139,6 @@ def test_coefficients_must_be_flat(value: Any) -> None:
         TeaCacheConfig(coefficients=value)
 
 
-@pytest.mark.xfail(strict=True, reason="bytes are a sequence of integers")
 def test_bytes_are_no_coefficients() -> None:
     with pytest.raises(TypeError, match="coefficients must be a sequence of numbers"):
         TeaCacheConfig(coefficients=b"12")  # type: ignore[arg-type]
@@ -149,6 +147,7 @@ def test_bytes_are_no_coefficients() -> None:
 @pytest.mark.parametrize(
     ("coefficients", "fault"),
     [
+        ((-1.0, 1.0), "falling throughout"),
         ((1.0, -0.1), "negative on [0, 0.1]"),
         ((-1.0,), "negative on [0, 0.3]"),
         ((1.0, -0.2, 0.02), "not monotone (turns at 0.1)"),
@@ -169,9 +168,9 @@ def test_does_not_warn_of_well_behaved_polynomials(coefficients: Any) -> None:
 
 @pytest.mark.parametrize("value", [0, b"FluxTransformer2DModel", torch.nn.Linear, ["FluxTransformer2DModel"]])
 def test_transformer_type_must_be_text(value: Any) -> None:
-    with pytest.raises(TypeError, match=re.escape(f"got {value!r}")) as caught:
+    message = f"transformer_type must be the name of a transformer class, got {value!r}"
+    with pytest.raises(TypeError, match=re.escape(message)):
         TeaCacheConfig(transformer_type=value)
-    assert "transformer_type must be a class name such as 'FluxTransformer2DModel'" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["ABS", "", "absolute", None, True, 0])

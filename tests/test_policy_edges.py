@@ -48,7 +48,6 @@ def test_a_timestep_that_is_not_finite_is_computed(time: float) -> None:
     assert [int(decision.state.step_index) for decision in decisions[:2]] == [1, 2]
 
 
-@pytest.mark.xfail(strict=True, reason="previous_timestep becomes NaN, against which nothing moves")
 def test_a_nan_timestep_does_not_hide_a_restart() -> None:
     decisions = run(plain(), [1.0] * 6, [4.0, 3.0, NAN, 9.0, 8.0, 7.0])
     assert reasons(decisions)[3] is R.TRAJECTORY_RESTARTED

@@ -31,10 +31,13 @@ def to_picture(drawn: torch.Tensor) -> checker.Picture:
 
 
 def random_scenes(n: int) -> list[scenes.Scene]:
-    """Complete scenes over all triples, held back or not."""
+    """Scenes over all triples, held back or not."""
     rng = random.Random(0)
     every = scenes.triples(True) + scenes.triples(False)
-    return [scenes.Scene(*rng.choice(every)).complete(rng) for _ in range(n)]
+    return [
+        scenes.Scene(*rng.choice(every), rng.choice([None, *scenes.SIZES]), rng.choice([None, *scenes.POSITIONS]))
+        for _ in range(n)
+    ]
 
 
 def test_prompt_mentions_what_is_set() -> None:
@@ -44,13 +47,16 @@ def test_prompt_mentions_what_is_set() -> None:
     assert placed.prompt == "a small red circle on an orange background at the top left"
 
 
+def test_unmentioned_means_large_and_centered() -> None:
+    scene = scenes.Scene("circle", "red", "orange")
+    assert torch.equal(scene.draw(), dataclasses.replace(scene, size="large", position="center").draw())
+
+
 def test_undrawable_scenes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'hexagon'.*circle, square"):
         scenes.Scene("hexagon", "red", "blue")
     with pytest.raises(ValueError, match="cannot be seen"):
         scenes.Scene("circle", "red", "red")
-    with pytest.raises(ValueError, match="complete"):
-        scenes.Scene("circle", "red", "blue").draw()
 
 
 def test_checker_reads_clean_drawings() -> None:
@@ -106,9 +112,11 @@ def test_training_text_agrees_with_training_pictures() -> None:
     for picture, row in zip(pictures, tokens, strict=True):
         reading = checker.read_picture(to_picture(picture))
         assert reading.shape is not None
-        shown = {reading.shape, reading.colour, reading.background, reading.size, *str(reading.position).split()}
-        said = {text_encoder.WORDS[index] for index in row.tolist()} - {"", "a", "an", "on", "at", "the", "background"}
-        assert {reading.shape, reading.colour, reading.background} <= said <= shown
+        prompt = " ".join(text_encoder.WORDS[index] for index in row.tolist()).strip()
+        shape, colour, background = str(reading.shape), str(reading.colour), str(reading.background)
+        sizes = {reading.size} | ({None} if reading.size == scenes.DEFAULT_SIZE else set())
+        places = {reading.position} | ({None} if reading.position == scenes.DEFAULT_POSITION else set())
+        assert prompt in {scenes.Scene(shape, colour, background, s, p).prompt for s in sizes for p in places}
 
 
 def test_autoencoder_is_exact() -> None:

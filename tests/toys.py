@@ -205,3 +205,55 @@ def inputs(batch: int = 2, tokens: int = 8, words: int = 3, seed: int = 0) -> di
         "timestep": torch.full((batch,), 900.0),
         "encoder_hidden_states": torch.randn(batch, words, TEXT_WIDTH, generator=generator),
     }
+
+
+class EpilogueInPlaceDiT(ToyDiT):
+    """Writes to the stack's output behind the stack."""
+
+    def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        tokens = super().run_blocks(hidden_states, text, temb)
+        tokens += temb.unsqueeze(1)
+        return tokens
+
+
+class WipesEmbeddingDiT(ToyDiT):
+    """Overwrites, behind the stack, the memory that the stack was entered with."""
+
+    def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        tokens = super().run_blocks(hidden_states, text, temb)
+        return tokens + hidden_states.mul_(0.1)
+
+
+class MutatesLatentsDiT(ToyDiT):
+    """Scales the caller's latents in place."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states.mul_(0.5), timestep, encoder_hidden_states)
+
+
+class TwoStreamBlock(Block):
+    """Carries image and text tokens."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        tokens = super().forward(hidden_states, text, temb)
+        return tokens, text + tokens.mean(1, keepdim=True)
+
+
+class TwoStreamDiT(ToyDiT):
+    """Two live outputs: the text tokens are used behind the stack too. Words may be as many as tokens."""
+
+    def make_block(self) -> nn.Module:
+        return TwoStreamBlock()
+
+    def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states, text = block(hidden_states, text, temb)
+        return hidden_states + text.mean(1, keepdim=True)
+
+
+class TransposedDiT(ToyDiT):
+    """Enters its blocks with a transposed view, as patch embeddings by convolution do."""
+
+    def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        channels_first = hidden_states.transpose(1, 2).contiguous()
+        return super().run_blocks(channels_first.transpose(1, 2), text, temb)

@@ -7,6 +7,7 @@ from . import scenes
 from .pipeline import PixelShuffleAutoencoder
 from .text_encoder import MAX_TOKENS, tokenize
 
+# How often the text says a size, and how often a position.
 SAY_CHANCE = 0.8
 GRID = scenes.IMAGE_SIZE // 4
 
@@ -33,7 +34,7 @@ class SceneBatches:
         return triple, size, position
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Packed latents float32 [n, 64, 48] and token ids int64 [n, 12]; sizes and positions are often said."""
+        """Packed latents float32 [n, 64, 48] and the token ids of their prompts int64 [n, 12]."""
         triple, size, position = self.indices(n, generator)
         say_size, say_position = (torch.rand(2, n, generator=generator) < SAY_CHANCE).unbind()
         size = torch.where(say_size, size, scenes.SIZES.index(scenes.DEFAULT_SIZE))

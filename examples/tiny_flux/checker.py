@@ -86,23 +86,18 @@ def read_picture(picture: Picture) -> Reading:
 
 
 def check_picture(scene: Scene, picture: Picture) -> dict[str, bool]:
-    """Whether each attribute that `scene` settles is right in a picture, float [32, 32, 3] in [0, 1]."""
+    """Whether each attribute of `scene` is right in a picture, float [32, 32, 3] in [0, 1]."""
     reading = read_picture(picture)
     wanted = {name: getattr(scene, name) for name in ATTRIBUTES}
-    wanted["size"] = scene.size or DEFAULT_SIZE
-    wanted["position"] = scene.position or DEFAULT_POSITION
+    wanted |= {"size": scene.size or DEFAULT_SIZE, "position": scene.position or DEFAULT_POSITION}
     return {name: getattr(reading, name) == value for name, value in wanted.items()}
 
 
 def accuracy(scenes: Sequence[Scene], pictures: Iterable[Picture]) -> dict[str, tuple[int, int]]:
-    """(right, settled) per attribute, and under "all" how many pictures are right in all that is settled."""
+    """(right, total) per attribute, and under "all" for pictures that are right in every attribute."""
     checks = [check_picture(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
-    counts = {}
-    for name in ATTRIBUTES:
-        answers = [check[name] for check in checks if name in check]
-        counts[name] = (sum(answers), len(answers))
-    counts["all"] = (sum(all(check.values()) for check in checks), len(checks))
-    return counts
+    counts = {name: (sum(check[name] for check in checks), len(checks)) for name in ATTRIBUTES}
+    return counts | {"all": (sum(all(check.values()) for check in checks), len(checks))}
 
 
 def sample(
@@ -157,7 +152,7 @@ def main() -> None:
     prompts = [scene.prompt for scene in scenes]
     pictures = sample(pipe, prompts, steps=args.steps, cfg_scale=args.cfg_scale, seed=args.seed)
     for name, (right, total) in accuracy(scenes, pictures).items():
-        print(f"{name:<12}{right:>5} of {total:<5}{right / max(total, 1):>8.1%}")
+        print(f"{name:<12}{right:>5} of {total:<5}{right / total:>8.1%}")
     for scene, picture in zip(scenes, pictures, strict=True):
         if not all(check_picture(scene, picture).values()):
             print(f"wrong: {scene.prompt!r} shows {read_picture(picture)}")

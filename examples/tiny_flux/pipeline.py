@@ -92,7 +92,7 @@ class TinyFlux(nn.Module):
         self.text_encoder = TinyTextEncoder(config["joint_attention_dim"], config["pooled_projection_dim"])
 
 
-class TinyFluxPipeline(FluxPipeline):
+class TinyFluxPipeline(FluxPipeline):  # type: ignore[misc]
     """`FluxPipeline` with a text encoder for the little vocabulary."""
 
     prompt_encoder: TinyTextEncoder
@@ -127,7 +127,7 @@ def build_pipeline(model: TinyFlux) -> TinyFluxPipeline:
     }
     pipe = TinyFluxPipeline(**components)
     pipe.prompt_encoder = model.text_encoder
-    pipe.set_progress_bar_config(disable=True)  # type: ignore[no-untyped-call]
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

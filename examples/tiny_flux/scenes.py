@@ -2,9 +2,8 @@
 
 A `Scene` names a shape, its colour and the background, and may also name a size and a position:
 
-    Scene("circle", "red", "blue")                                   a red circle on a blue background
-    Scene("ring", "black", "yellow", "small", "top left")            a small black ring on a yellow background
-                                                                     at the top left
+    Scene("circle", "red", "blue")                           a red circle on a blue background
+    Scene("ring", "black", "yellow", "small", "top left")    a small black ring on a yellow background at the top left
 
 A shape without a size is large, and one without a position is in the center.
 
