@@ -40,7 +40,7 @@ bench: venv ## Measure compile time and the cost of each kind of step
 	$(BIN)/python -m benchmarks.step_time
 
 train: venv ## Train the demo's model anew (about an hour on 2 cores); resumes after an interruption
-	$(BIN)/python -m examples.train_tiny_flux
+	$(BIN)/python -m examples.train_tiny_flux --out out/train
 
 clean: ## Remove the virtual environment and all that was written
 	rm -rf $(VENV) out build *.egg-info

@@ -20,7 +20,7 @@ class RewriteReport:
         plan: facts found, or `None` if declined.
         declined: the typed refusal, or `None` if rewritten.
         config: settings and polynomial, or `None` if declined before they were needed.
-        timings: seconds per pass, and of the inner compiler under "inner compiler".
+        timings: seconds per pass and for what surrounds them, the inner compiler last.
     """
 
     model: str

@@ -49,7 +49,7 @@ class Pipeline:
         observer: called after each pass with its name and the graph as it is then, `None` for nobody.
 
     Attributes:
-        timings: seconds per pass, in the order in which they ran.
+        timings: seconds per pass, and for copying the graph and generating its code.
     """
 
     def __init__(self, gm: fx.GraphModule, config: ResolvedConfig, observer: Observer | None = None) -> None:
@@ -79,10 +79,14 @@ class Pipeline:
             VerificationError: a pass broke its contract.
         """
         plan = self.context.plan
+        started = time.perf_counter()
         self.gm = copy_graph_module(self.original)
+        self.timings["copy"] = time.perf_counter() - started
         for step in REWRITING:
             self._run(step)
+        started = time.perf_counter()
         self.gm.recompile()
+        self.timings["generate code"] = time.perf_counter() - started
         assert self.context.signature is not None
         return RewrittenGraph(self.gm, plan, self.context.signature)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
+from teacache_fx.passes import PIPELINE
 from torch import Tensor, nn
 
 import teacache_fx
@@ -185,6 +187,18 @@ def test_options_and_entry_point() -> None:
     assert teacache_backend.reports[-1].config is not None
     assert teacache_backend.reports[-1].config.config.rel_l1_thresh == 1e3
     assert teacache_backend.stats().num_skipped == 1
+
+
+def test_stages_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="teacache_fx")
+    with torch.no_grad():
+        torch.compile(toys.make(), backend=_backend())(**toys.inputs())
+    text = caplog.text
+    for step in PIPELINE:
+        assert f"{step.name}: " in text
+    assert "graph after insert-cond" in text
+    assert "run_blocks:" in text
+    assert "TeaCache inserted" in text
 
 
 def test_reset_drops_reports_and_statistics() -> None:
