@@ -30,7 +30,7 @@ from teacache_fx import TeaCacheBackend
 # The polynomial published for FLUX.1-dev was fitted to that model and does not fit this small one. So the demo leaves
 # the distance as it is (the identity, highest power first), and the thresholds were chosen by looking at results.
 COEFFICIENTS = (1.0, 0.0)
-THRESHOLDS = (0.1, 0.15, 0.2, 0.3)
+THRESHOLDS = (0.035, 0.05, 0.08, 0.13)
 WARM_UP_STEPS = 2
 # Every variant is timed this often, in turns, and its best time counts: a machine that others use too is uneven.
 ROUNDS = 2
