@@ -65,7 +65,7 @@ def psnr_db(pictures: Pictures, reference: Pictures) -> float:
 def mean_ssim(pictures: Pictures, reference: Pictures) -> float:
     """Structural similarity, mean over the pictures; 1 if they are equal."""
     values = [
-        structural_similarity(picture, other, channel_axis=-1, data_range=1.0)  # type: ignore[no-untyped-call]
+        structural_similarity(picture, other, channel_axis=-1, data_range=1.0)
         for picture, other in zip(pictures, reference, strict=True)
     ]
     return float(np.mean(values))

@@ -34,12 +34,12 @@ class PassContext:
     """Facts about one working copy. Analysis passes fill them in; asking for one too early is a bug in the pipeline.
 
     Attributes:
-        policy: the settings to trace into the graph.
+        policy: the settings to trace into the graph, `None` while only analysing.
         stack, modulation, partition, costs: parts of the plan, `None` until found.
         signature: layout of the added inputs and outputs, `None` until the cond is inserted.
     """
 
-    policy: Policy
+    policy: Policy | None = None
     stack: BlockStack | None = None
     modulation: Modulation | None = None
     partition: Partition | None = None

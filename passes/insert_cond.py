@@ -39,19 +39,20 @@ class InsertCond:
     name: str = "insert-cond"
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
-        plan, nodes, graph = ctx.plan, nodes_by_name(gm), gm.graph
+        assert ctx.policy is not None
+        plan, policy, nodes, graph = ctx.plan, ctx.policy, nodes_by_name(gm), gm.graph
         output = graph.output_node()
         for name in plan.partition.epilogue:
             output.prepend(nodes[name])
         values = [nodes[live.value] for live in plan.stack.live_outputs]
         bases = [nodes[live.base] for live in plan.stack.live_outputs]
         indicator, timestep = nodes[plan.modulation.modulated_input], nodes[plan.modulation.timestep]
-        behind = [nodes[name] for name in plan.partition.epilogue] + [output]
+        behind = [*(nodes[name] for name in plan.partition.epilogue), output]
         with fake_mode_of(graph), torch.autocast(tensor_of(indicator).device.type, enabled=False):
             ctx.signature = _signature(gm, [indicator, *values])
             state = _add_state_inputs(graph, ctx.signature)
             with graph.inserting_before(behind[0]):
-                decision = _insert_policy(graph, ctx.policy, [indicator, state[0], timestep, *state[-_NUM_SCALARS:]])
+                decision = _insert_policy(graph, policy, [indicator, state[0], timestep, *state[-_NUM_SCALARS:]])
                 operands = [nodes[name] for name in plan.partition.operands]
                 residuals = state[1:-_NUM_SCALARS]
                 sources = [_as_operand(graph, node) for node in operands]
@@ -117,7 +118,7 @@ def _insert_policy(graph: fx.Graph, policy: Policy, arguments: list[fx.Node]) ->
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {}
             set_fake_value(copies[node], fake_value(node))
-    should_compute, *rest = (copies[node] for node in traced.graph.output_node().all_input_nodes)
+    should_compute, *rest = (copies[node] for node in output_arguments(traced))
     return _Decision(should_compute, rest[: -len(RECORDED)], rest[-len(RECORDED) :])
 
 

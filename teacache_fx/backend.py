@@ -87,30 +87,28 @@ class TeaCacheBackend:
         """
         root = compiled_root()
         class_name = type(root).__name__ if root is not None else "function"
+        pipeline = Pipeline(gm)
         try:
             settings = self._settings(options or {}, mode)
-            resolved = settings.config.resolve(class_name)
-        except (TypeError, ValueError) as error:
-            return _raiser(error)
-        try:
             _check_model(root)
-            pipeline = Pipeline(gm, resolved)
             pipeline.analyse()
-            rewritten = pipeline.rewrite()
+            resolved = settings.config.resolve(class_name)
+            rewritten = pipeline.rewrite(resolved)
         except Declined as declined:
             self.reports.append(RewriteReport(class_name, len(gm.graph.nodes), declined=declined))
             if settings.on_decline == "raise":
                 return _raiser(declined)
             self._tell(root, class_name, gm, declined, settings)
             return compile_with(settings.inner, gm, example_inputs, settings.inductor)
+        except (TypeError, ValueError) as error:
+            return _raiser(error)
         started = time.perf_counter()
         inputs = [*example_inputs, *state_examples(rewritten.gm, len(example_inputs))]
         compiled = compile_with(settings.inner, rewritten.gm, inputs, settings.inductor)
         timings = {**pipeline.timings, "inner compiler": time.perf_counter() - started}
-        self.reports.append(
-            RewriteReport(class_name, len(gm.graph.nodes), rewritten.plan, config=resolved, timings=timings)
-        )
-        log.info("%s", self.reports[-1])
+        report = RewriteReport(class_name, len(gm.graph.nodes), rewritten.plan, config=resolved, timings=timings)
+        self.reports.append(report)
+        log.info("%s", report)
         owner = root if root is not None else gm
         return CachedGraph(compiled, rewritten, self._store(owner, settings.config), owner, settings.config)
 

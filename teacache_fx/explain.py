@@ -58,12 +58,12 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
 
 def report_of(gm: fx.GraphModule, class_name: str) -> RewriteReport:
     """Analyses one captured graph with the default settings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TeaCacheWarning)  # the report names the polynomial
-        resolved = TeaCacheConfig().resolve(class_name)
-    pipeline = Pipeline(gm, resolved)
+    pipeline = Pipeline(gm)
     try:
         plan = pipeline.analyse()
     except Declined as declined:
         return RewriteReport(class_name, len(gm.graph.nodes), declined=declined, timings=pipeline.timings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TeaCacheWarning)  # the report names the polynomial
+        resolved = TeaCacheConfig().resolve(class_name)
     return RewriteReport(class_name, len(gm.graph.nodes), plan, config=resolved, timings=pipeline.timings)

@@ -45,19 +45,18 @@ class Pipeline:
 
     Args:
         gm: the captured graph; it is never edited.
-        config: settings and polynomial.
         observer: called after each pass with its name and the graph as it is then, `None` for nobody.
 
     Attributes:
         timings: seconds per pass, and for copying the graph and generating its code.
     """
 
-    def __init__(self, gm: fx.GraphModule, config: ResolvedConfig, observer: Observer | None = None) -> None:
+    def __init__(self, gm: fx.GraphModule, observer: Observer | None = None) -> None:
         self._observer = observer
         self.timings: dict[str, float] = {}
         self.original = gm
         self.gm = gm
-        self.context = PassContext(policy_of(config))
+        self.context = PassContext()
         self._known = {node.name for node in gm.graph.nodes}
 
     def analyse(self) -> CachePlan:
@@ -71,14 +70,15 @@ class Pipeline:
             self._run(step)
         return self.context.plan
 
-    def rewrite(self) -> RewrittenGraph:
-        """Rewrites a copy from the plan. The original graph is not touched.
+    def rewrite(self, config: ResolvedConfig) -> RewrittenGraph:
+        """Rewrites a copy from the plan, with these settings in it. The original graph is not touched.
 
         Raises:
             Declined: the graph cannot be rewritten.
             VerificationError: a pass broke its contract.
         """
         plan = self.context.plan
+        self.context.policy = policy_of(config)
         started = time.perf_counter()
         self.gm = copy_graph_module(self.original)
         self.timings["copy"] = time.perf_counter() - started

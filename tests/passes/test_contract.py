@@ -21,9 +21,9 @@ aten = torch.ops.aten
 
 
 def _rewritten(gm: fx.GraphModule) -> fx.GraphModule:
-    pipeline = Pipeline(gm, CONFIG)
+    pipeline = Pipeline(gm)
     pipeline.analyse()
-    return pipeline.rewrite().gm
+    return pipeline.rewrite(CONFIG).gm
 
 
 def _output(branch: fx.GraphModule) -> list[fx.Node]:

@@ -52,9 +52,9 @@ class Run:
 def _run(gm: fx.GraphModule) -> Run:
     run = Run()
     run.see("capture", gm)
-    pipeline = Pipeline(gm, CONFIG, observer=run.see)
+    pipeline = Pipeline(gm, observer=run.see)
     run.plan = pipeline.analyse()
-    pipeline.rewrite()
+    pipeline.rewrite(CONFIG)
     run.report = str(RewriteReport("Toy", len(gm.graph.nodes), run.plan, config=CONFIG)) + "\n"
     assert render(gm) == run.stages["capture"], "the caller's graph was touched"
     return run
