@@ -114,8 +114,12 @@ def test_vmap() -> None:
     stacked = {key: torch.stack([value, 2 * value]) for key, value in toys.inputs().items()}
     backend = TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager", on_decline="raise")
 
+    def single(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        result: Tensor = model(hidden_states, timestep, encoder_hidden_states)
+        return result
+
     def mapped(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        result: Tensor = torch.vmap(model)(hidden_states, timestep, encoder_hidden_states)
+        result: Tensor = torch.vmap(single)(hidden_states, timestep, encoder_hidden_states)
         return result
 
     with torch.no_grad(), pytest.raises(Declined, match="vmap"):
