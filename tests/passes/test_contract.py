@@ -99,7 +99,8 @@ def _capture(function: Callable[..., Any], *inputs: torch.Tensor) -> fx.Graph:
 
 
 def _node(graph: fx.Graph, name: str) -> fx.Node:
-    return next(node for node in graph.nodes if op_name(node) == name)
+    found: fx.Node = next(node for node in graph.nodes if op_name(node) == name)
+    return found
 
 
 def test_a_reader_needs_the_writers_before_it() -> None:
