@@ -34,7 +34,7 @@ def main() -> None:
     inputs = flux_inputs(tokens=options.tokens, words=options.words)
 
     def compiled(backend: object) -> Callable[[], Tensor]:
-        function: Callable[..., Any] = torch.compile(model, backend=backend, fullgraph=True)  # type: ignore[call-overload]
+        function: Callable[..., Any] = torch.compile(model, backend=backend, fullgraph=True)  # type: ignore[call-overload, no-untyped-call]
         return lambda: function(**inputs)[0]
 
     always = TeaCacheBackend(rel_l1_thresh=1e-9, coefficients=[1.0], inner="inductor", on_decline="raise")
