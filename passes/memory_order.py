@@ -17,7 +17,7 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.graph import storages
+from teacache_fx.graph import op_name, storages
 
 _PROLOGUE, _BLOCKS, _EPILOGUE = range(3)
 
@@ -87,4 +87,4 @@ def _check_writer(
 
 
 def _declined(writer: fx.Node, why: str) -> Declined:
-    return Declined(DeclineReason.MUTATION_ACROSS_CUT, f"`{writer.target}`: {why}", writer.name)
+    return Declined(DeclineReason.MUTATION_ACROSS_CUT, f"`{op_name(writer)}`: {why}", writer.name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from teacache_fx.passes.base import PassContext, nodes_by_name
+from teacache_fx.passes.follow_latents import check_follows_latents
 from teacache_fx.passes.memory_order import check_memory_order
 from teacache_fx.passes.pair_live_outputs import LivePair
 from torch import fx
@@ -32,7 +33,8 @@ class PartitionGraph:
 
     Requires: the block stack, the modulation.
     Declines when: an in-place write would be seen in another order than before (MUTATION_ACROSS_CUT), a mode is
-    switched inside the graph (MODE_ACROSS_CUT), or the residual's shape depends on values (UNKNOWN_STATE_SHAPE).
+    switched inside the graph (MODE_ACROSS_CUT), the residual's shape depends on values (UNKNOWN_STATE_SHAPE), or the
+    output is read from tokens that the latents do not enter (STALE_OUTPUT).
     """
 
     name: str = "partition-graph"
@@ -45,6 +47,7 @@ class PartitionGraph:
         timestep = by_name[ctx.modulation.timestep]
         pairs = [LivePair(by_name[live.value], by_name[live.base]) for live in ctx.stack.live_outputs]
         parts = _split(gm, flow, pairs, (indicator, timestep))
+        check_follows_latents(flow, pairs, flow.forward([latents]))
         check_memory_order(flow, parts, pairs, indicator)
         _check_modes(flow)
         _check_shapes([indicator, *(pair.value for pair in pairs)])
@@ -134,7 +137,7 @@ def _conditioning(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[f
 def _check_modes(flow: Dataflow) -> None:
     for node in flow.nodes:
         if is_mode(node):
-            raise Declined(DeclineReason.MODE_ACROSS_CUT, f"`{node.target}` inside forward", node.name)
+            raise Declined(DeclineReason.MODE_ACROSS_CUT, f"`{op_name(node)}` inside forward", node.name)
 
 
 def _check_shapes(nodes: Iterable[fx.Node]) -> None:

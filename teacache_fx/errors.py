@@ -14,6 +14,7 @@ class DeclineReason(enum.Enum):
     SINGLE_BLOCK = "single blocks only"
     NO_MODULATED_INPUT = "no modulated input found"
     NO_MATCHING_INPUT = "output of the block stack matches none of its inputs"
+    STALE_OUTPUT = "a skipped step would not follow the latents"
     MUTATION_ACROSS_CUT = "in-place write across the cut"
     MODE_ACROSS_CUT = "context manager inside the graph"
     GRADIENTS_NEEDED = "gradients needed"
@@ -43,6 +44,7 @@ _REMEDIES = {
     DeclineReason.NO_MATCHING_INPUT: (
         "the block stack must carry a tensor in and out with the same shape, so that a residual can be cached"
     ),
+    DeclineReason.STALE_OUTPUT: "nothing to cache: run such a model as it is",
     DeclineReason.MUTATION_ACROSS_CUT: "make the named in-place write functional (torch.cat, torch.where, out = x + y)",
     DeclineReason.MODE_ACROSS_CUT: "enter the context manager around the call of the model, not inside its forward",
     DeclineReason.GRADIENTS_NEEDED: (

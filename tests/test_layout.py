@@ -21,7 +21,7 @@ LEVELS = (
     {"plan", "compilers", "stats"},
     {"report", "passes.base"},
     {"passes.branches", "passes.modulation_patterns", "passes.pair_live_outputs", "passes.verify"},
-    {"passes.memory_order"},
+    {"passes.follow_latents", "passes.memory_order"},
     {
         "passes.cleanup", "passes.find_block_stack", "passes.insert_cond", "passes.match_modulation",
         "passes.partition_graph",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -191,7 +192,7 @@ class Parameterless(nn.Module):
         return hidden_states * timestep[:, None, None] + encoder_hidden_states.mean()
 
 
-def make(kind: type[nn.Module] = ToyDiT, **options: Any) -> nn.Module:
+def make(kind: Callable[..., nn.Module] = ToyDiT, **options: Any) -> nn.Module:
     """A model with seeded weights, in eval mode, without gradients."""
     torch.manual_seed(0)
     return kind(**options).eval().requires_grad_(False)
@@ -257,3 +258,17 @@ class TransposedDiT(ToyDiT):
     def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
         channels_first = hidden_states.transpose(1, 2).contiguous()
         return super().run_blocks(channels_first.transpose(1, 2), text, temb)
+
+
+class LearnedQueryDiT(ToyDiT):
+    """Reads its output from a learned token that travels beside those of the latents."""
+
+    def __init__(self, position: int = -1) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.position = position
+
+    def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        joined = torch.cat([hidden_states, self.query.expand(len(hidden_states), -1, -1)], 1) + 1
+        tokens = super().run_blocks(joined, text, temb)
+        return tokens[:, self.position].unsqueeze(1).expand_as(hidden_states)

@@ -34,6 +34,7 @@ DECLINES = {
     "mlp": (Mlp, {}, DeclineReason.NO_REPEATED_BLOCKS),
     "narrowing": (toys.NarrowingDiT, {}, DeclineReason.NO_MATCHING_INPUT),
     "overwriting": (toys.OverwritingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
+    "learned query": (toys.LearnedQueryDiT, {}, DeclineReason.STALE_OUTPUT),
     "wiping": (toys.WipesEmbeddingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "autocast inside": (toys.AutocastInsideDiT, {}, DeclineReason.MODE_ACROSS_CUT),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ TRAITS = [
     toys.MutatesLatentsDiT,
     toys.TwoStreamDiT,
     toys.TransposedDiT,
+    partial(toys.LearnedQueryDiT, position=0),
 ]
 
 
@@ -54,7 +57,7 @@ class ResidualReference:
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", TRAITS)
-def test_skipped_step_is_input_plus_residual(kind: type[nn.Module], inner: str) -> None:
+def test_skipped_step_is_input_plus_residual(kind: Callable[..., nn.Module], inner: str) -> None:
     model, inputs = toys.make(kind), toys.inputs(tokens=8, words=8)
     later = {**inputs, "hidden_states": inputs["hidden_states"] * 1.3, "timestep": inputs["timestep"] - 50}
     backend = TeaCacheBackend(rel_l1_thresh=1e6, coefficients=[1.0, 0.0], inner=inner, on_decline="raise")
@@ -91,7 +94,7 @@ def test_two_streams_keep_two_residuals() -> None:
     words=st.integers(1, 9),
 )
 def test_forced_to_compute_it_is_the_model(
-    kind: type[nn.Module], num_blocks: int, batch: int, tokens: int, words: int
+    kind: Callable[..., nn.Module], num_blocks: int, batch: int, tokens: int, words: int
 ) -> None:
     torch._dynamo.reset()
     model, inputs = toys.make(kind, num_blocks=num_blocks), toys.inputs(batch, tokens, words)
