@@ -9,7 +9,7 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.graph import fake_tensors, fake_value, op_name, same_shape, tensor_of
+from teacache_fx.graph import fake_tensors, fake_value, op_name, same_shape, tensor_of, written_arguments
 from teacache_fx.plan import LiveOutput
 
 _SPINE = {"add", "__add__", "__radd__", "iadd", "add_", "sub", "cat", "concat", "dropout", "clone", "contiguous", "to"}
@@ -32,12 +32,17 @@ def pair_live_outputs(
     A joined [text; image] sequence is sliced behind many stacks: it matches no input, its image part does.
 
     Raises:
-        Declined: NO_MATCHING_INPUT. Without a base the cached value would no longer follow the latents.
+        Declined: NO_MATCHING_INPUT, since without a base the cached value would no longer follow the latents; or
+            MUTATION_ACROSS_CUT, if no value leaves the region at all.
     """
     region = set(region)
     inputs = _region_inputs(flow, region)
     while True:
         live = _live_outputs(flow, region)
+        if not live:
+            writers = [node for node in flow.sort(region) if written_arguments(node)]
+            detail = "the stack gives nothing back but what it writes in place"
+            raise Declined(DeclineReason.MUTATION_ACROSS_CUT, detail, writers[-1].name if writers else None)
         bases = {value: _find_base(value, inputs, region, dependent) for value in live}
         unpaired = [value for value, base in bases.items() if base is None]
         if not unpaired:

@@ -272,3 +272,18 @@ class LearnedQueryDiT(ToyDiT):
         joined = torch.cat([hidden_states, self.query.expand(len(hidden_states), -1, -1)], 1) + 1
         tokens = super().run_blocks(joined, text, temb)
         return tokens[:, self.position].unsqueeze(1).expand_as(hidden_states)
+
+
+class AddingBlock(Block):
+    """Adds to its input in place and gives back that input."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        hidden_states.add_(super().forward(hidden_states, text, temb))
+        return hidden_states
+
+
+class AddingDiT(ToyDiT):
+    """No value leaves its blocks, only memory that they have written to."""
+
+    def make_block(self) -> nn.Module:
+        return AddingBlock()

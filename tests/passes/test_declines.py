@@ -35,6 +35,7 @@ DECLINES = {
     "narrowing": (toys.NarrowingDiT, {}, DeclineReason.NO_MATCHING_INPUT),
     "overwriting": (toys.OverwritingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "learned query": (toys.LearnedQueryDiT, {}, DeclineReason.STALE_OUTPUT),
+    "adding": (toys.AddingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "wiping": (toys.WipesEmbeddingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "autocast inside": (toys.AutocastInsideDiT, {}, DeclineReason.MODE_ACROSS_CUT),
 }
