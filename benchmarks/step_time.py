@@ -29,9 +29,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="image tokens")
     parser.add_argument("--words", type=int, default=128, help="text tokens")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
+    place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     model, _ = flux(options.dual, options.single, options.heads, head_dim=64)
+    model.to(**place)
     inputs = flux_inputs(tokens=options.tokens, words=options.words)
+    inputs = {name: value.to(**place) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def compiled(backend: object) -> Callable[[], Tensor]:
         function: Callable[..., Any] = torch.compile(model, backend=backend, fullgraph=True)  # type: ignore[call-overload, no-untyped-call]
@@ -59,7 +64,7 @@ def measure(variants: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str,
     for _ in range(rounds):
         for name, run in variants.items():
             started = time.perf_counter()
-            run()
+            run().sum().item()  # waits for the device
             samples[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in samples.items()}
 
