@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from teacache_fx.graph import emit, fake_value, set_fake_value, tensor_of, written_arguments
+from teacache_fx.graph import emit, fake_value, set_fake_value, storages, tensor_of, written_arguments
 
 _aten = torch.ops.aten
 
@@ -22,6 +22,17 @@ class _Branch:
             placeholder = self.graph.placeholder(operand.name)
             set_fake_value(placeholder, fake_value(source))
             self.env[operand] = placeholder
+
+    def protect(self, written: set[int]) -> None:
+        """Puts copies in the place of the operands whose storages the blocks will write to.
+
+        cond forbids writing to an operand; and the residual is taken against what it held before.
+        """
+        for node, inner in list(self.env.items()):
+            if storages(node) & written:
+                del self.env[node]
+                if inner.op == "placeholder":
+                    self.env[node] = emit(self.graph, _aten.clone.default, inner)
 
     def derive(self, node: fx.Node) -> fx.Node:
         """The node's value inside the branch. Views and attributes are derived anew from the operands."""
@@ -56,15 +67,14 @@ def run_blocks(
     Outputs are cloned even where they are contiguous already: a slice keeps its storage offset and its base.
     """
     branch = _Branch(operands, sources, residuals)
+    entered = [_cast(branch.graph, branch.derive(base), value) for base, value in zip(bases, values, strict=True)]
+    branch.protect({s for node in blocks for argument in written_arguments(node) for s in storages(argument)})
     for node in blocks:
         branch.copy(node)
     outputs = [
         emit(branch.graph, _aten.clone.default, branch.env[v], memory_format=torch.contiguous_format) for v in values
     ]
-    new = [
-        emit(branch.graph, _aten.sub.Tensor, output, _cast(branch.graph, branch.derive(base), value))
-        for output, base, value in zip(outputs, bases, values, strict=True)
-    ]
+    new = [emit(branch.graph, _aten.sub.Tensor, output, base) for output, base in zip(outputs, entered, strict=True)]
     return branch.finish(gm, outputs, [_contiguous(branch.graph, node) for node in new])
 
 

@@ -23,8 +23,12 @@ class Cleanup:
     name: str = "cleanup"
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
+        # The blocks first, whatever they write to: their copies in the branch have taken over.
+        moved = set(ctx.plan.partition.blocks)
+        for node in reversed([node for node in gm.graph.nodes if node.name in moved]):
+            gm.graph.erase_node(node)
         flow = Dataflow(gm.graph)
         dead = [node for node in flow.nodes if node not in flow.live and node.op != "placeholder"]
         for node in reversed(dead):
             gm.graph.erase_node(node)
-        return bool(dead)
+        return bool(moved or dead)

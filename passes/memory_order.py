@@ -1,8 +1,9 @@
 """Holds that no in-place write is seen in another order after the cut than before it.
 
 Note [Memory order]: within a part, nodes keep their order; between parts, all of the prologue runs before all of the
-blocks, and these before the epilogue. A write is therefore safe if (a) it is in the blocks and the memory is born and
-dies there, but for one tensor that leaves through the cut as a copy; (b) it is in the prologue and no node of a later
+blocks, and these before the epilogue. A write is therefore safe if (a) it is in the blocks, the prologue is done with
+the memory, which is no input of the model (the branch writes to a copy), and the epilogue sees it only as the one
+tensor that leaves through the cut; (b) it is in the prologue and no node of a later
 part reads the memory before it; (c) it is in the epilogue and nothing that it overwrites is kept as state or leaves
 the stack twice. Everything else is declined: a wrong picture is worse than no cache.
 """
@@ -46,10 +47,13 @@ def check_memory_order(flow: Dataflow, parts: _Parts, pairs: list[LivePair], ind
         leaving = [value for value in cut if storage in storages(value)]
         for writer in live_writers:
             _check_writer(flow, writer, part_of, touching[storage], leaving, cut)
-        if live_writers and storage in storages(indicator):
-            late = [writer for writer in live_writers if flow.order[writer] > flow.order[indicator]]
-            if late:
-                raise _declined(late[0], "it overwrites the modulated input, which is kept until the next step")
+        kept = [writer for writer in live_writers if part_of[writer] != _BLOCKS]
+        for writer in kept:
+            if storage in storages(indicator) and flow.order[writer] > flow.order[indicator]:
+                raise _declined(writer, "it overwrites the modulated input, which is kept until the next step")
+            entered = [p.base for p in pairs if storage in storages(p.base) and flow.order[writer] > flow.order[p.base]]
+            if part_of[writer] == _PROLOGUE and entered:
+                raise _declined(writer, f"it overwrites `{entered[0].name}`, which enters the stack")
 
 
 def _touching(flow: Dataflow, part_of: dict[fx.Node, int]) -> dict[int, list[fx.Node]]:
@@ -72,8 +76,10 @@ def _check_writer(
 ) -> None:
     part = part_of[writer]
     if part == _BLOCKS:
-        if any(part_of[node] == _PROLOGUE for node in touching):
-            raise _declined(writer, "a block writes to memory that exists before the stack")
+        if any(node.op == "placeholder" for node in touching):
+            raise _declined(writer, "a block writes to an input of the model")
+        if any(part_of[node] == _PROLOGUE and flow.order[node] > flow.order[writer] for node in touching):
+            raise _declined(writer, "what runs on every step reads memory after a block has written to it")
         if any(part_of[node] == _EPILOGUE and not cut & set(node.all_input_nodes) for node in touching):
             raise _declined(writer, "memory written by a block is read after the stack other than through its output")
     if part == _PROLOGUE:

@@ -46,7 +46,8 @@ class PartitionGraph:
         latents, indicator = by_name[ctx.stack.latents], by_name[ctx.modulation.modulated_input]
         timestep = by_name[ctx.modulation.timestep]
         pairs = [LivePair(by_name[live.value], by_name[live.base]) for live in ctx.stack.live_outputs]
-        parts = _split(gm, flow, pairs, (indicator, timestep))
+        region = {by_name[name] for name in ctx.stack.region}
+        parts = _split(gm, flow, pairs, region, (indicator, timestep))
         check_follows_latents(flow, pairs, flow.forward([latents]))
         check_memory_order(flow, parts, pairs, indicator)
         _check_modes(flow)
@@ -76,11 +77,15 @@ class Parts:
     epilogue: list[fx.Node]
 
 
-def _split(gm: fx.GraphModule, flow: Dataflow, pairs: list[LivePair], needed: Iterable[fx.Node]) -> Parts:
+def _split(
+    gm: fx.GraphModule, flow: Dataflow, pairs: list[LivePair], region: set[fx.Node], needed: Iterable[fx.Node]
+) -> Parts:
     cut = {pair.value for pair in pairs}
+    # Who reads a live output needs no other writer to its memory: the branch gives back a copy of the finished value.
+    written = {writer for value in cut for writer in _writers(flow, value)} & region
     starts = [*gm.graph.output_node().all_input_nodes, *needed, *(pair.base for pair in pairs)]
     starts += [writer for node in flow.nodes if node.op == "placeholder" for writer in _writers(flow, node)]
-    keep = flow.backward(starts, stop=cut) & flow.live
+    keep = flow.backward(starts, stop=cut | written) & flow.live
     keep |= {node for node in flow.live if op_name(node) == "getitem" and keep & set(_tuple_source(node))}
     behind = flow.forward(cut) & keep
     inner = [node for node in flow.sort(flow.live) if node.op not in ("placeholder", "output")]
@@ -96,8 +101,8 @@ def _tuple_source(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if isinstance(fake_value(source), (tuple, list))]
 
 
-def _writers(flow: Dataflow, placeholder: fx.Node) -> list[fx.Node]:
-    return [writer for storage in storages(placeholder) for writer in flow.writers.get(storage, [])]
+def _writers(flow: Dataflow, node: fx.Node) -> list[fx.Node]:
+    return [writer for storage in storages(node) for writer in flow.writers.get(storage, [])]
 
 
 def _operands(flow: Dataflow, blocks: list[fx.Node], pairs: list[LivePair]) -> list[fx.Node]:

@@ -156,7 +156,7 @@ class OverwritingBlock(Block):
 
 
 class OverwritingDiT(ToyDiT):
-    """In-place writes inside the blocks to memory from outside."""
+    """In-place writes inside the blocks to memory from outside, which also holds their output."""
 
     def make_block(self) -> nn.Module:
         return OverwritingBlock()
@@ -263,8 +263,8 @@ class TransposedDiT(ToyDiT):
 class LearnedQueryDiT(ToyDiT):
     """Reads its output from a learned token that travels beside those of the latents."""
 
-    def __init__(self, position: int = -1) -> None:
-        super().__init__()
+    def __init__(self, num_blocks: int = 2, position: int = -1) -> None:
+        super().__init__(num_blocks)
         self.query = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.position = position
 
@@ -287,3 +287,34 @@ class AddingDiT(ToyDiT):
 
     def make_block(self) -> nn.Module:
         return AddingBlock()
+
+
+class AccumulatingBlock(Block):
+    """Written as many people write theirs: `x += attn(x); x += mlp(x)`."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        hidden_states += super().forward(hidden_states, text, temb)
+        hidden_states += hidden_states.mean(1, keepdim=True)
+        return hidden_states
+
+
+class AccumulatingDiT(ToyDiT):
+    """All blocks write to the one tensor that the prologue has made."""
+
+    def make_block(self) -> nn.Module:
+        return AccumulatingBlock()
+
+
+class EarlyOverwritingBlock(Block):
+    """Writes to its input before the first norm, so that the indicator needs a write inside the stack."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        hidden_states += temb.unsqueeze(1)
+        return super().forward(hidden_states, text, temb)
+
+
+class EarlyOverwritingDiT(ToyDiT):
+    """In-place writes that the prologue keeps."""
+
+    def make_block(self) -> nn.Module:
+        return EarlyOverwritingBlock()

@@ -33,9 +33,9 @@ DECLINES = {
     "parallel heads": (toys.ParallelHeads, {}, DeclineReason.NO_REPEATED_BLOCKS),
     "mlp": (Mlp, {}, DeclineReason.NO_REPEATED_BLOCKS),
     "narrowing": (toys.NarrowingDiT, {}, DeclineReason.NO_MATCHING_INPUT),
-    "overwriting": (toys.OverwritingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "learned query": (toys.LearnedQueryDiT, {}, DeclineReason.STALE_OUTPUT),
     "adding": (toys.AddingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
+    "early overwriting": (toys.EarlyOverwritingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "wiping": (toys.WipesEmbeddingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "autocast inside": (toys.AutocastInsideDiT, {}, DeclineReason.MODE_ACROSS_CUT),
 }

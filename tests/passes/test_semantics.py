@@ -23,6 +23,8 @@ TRAITS = [
     toys.MutatesLatentsDiT,
     toys.TwoStreamDiT,
     toys.TransposedDiT,
+    toys.OverwritingDiT,
+    toys.AccumulatingDiT,
     partial(toys.LearnedQueryDiT, position=0),
 ]
 
