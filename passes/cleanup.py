@@ -23,8 +23,9 @@ class Cleanup:
     name: str = "cleanup"
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
-        # The blocks first, whatever they write to: their copies in the branch have taken over.
-        moved = set(ctx.plan.partition.blocks)
+        # First what has moved and what was dead before, whatever memory it writes to; a write that nothing read would
+        # otherwise look as if the cond, which now stands behind it, needed it.
+        moved = {*ctx.plan.partition.blocks, *ctx.plan.partition.dead}
         for node in reversed([node for node in gm.graph.nodes if node.name in moved]):
             gm.graph.erase_node(node)
         flow = Dataflow(gm.graph)

@@ -57,6 +57,7 @@ class PartitionGraph:
             prologue=_names(parts.prologue),
             blocks=_names(parts.blocks),
             epilogue=_names(parts.epilogue),
+            dead=_names(node for node in flow.nodes if node not in flow.live and node.op != "placeholder"),
             operands=_names(operands),
             conditioning=_names(_conditioning(flow, latents, timestep)),
         )

@@ -90,12 +90,13 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Partition:
-    """Every live node that is not a placeholder belongs to exactly one part, in graph order.
+    """Every node that computes something belongs to exactly one part, in graph order.
 
     Attributes:
         prologue: runs on every step before the decision.
         blocks: moves into the branch `run_blocks`.
         epilogue: runs on every step after the branch.
+        dead: needed by nothing; dynamo leaves unused projections behind.
         operands: values that the branch takes from outside it.
         conditioning: placeholders whose identity tells one prompt or guidance branch from another.
     """
@@ -103,6 +104,7 @@ class Partition:
     prologue: tuple[str, ...]
     blocks: tuple[str, ...]
     epilogue: tuple[str, ...]
+    dead: tuple[str, ...]
     operands: tuple[str, ...]
     conditioning: tuple[str, ...]
 

@@ -318,3 +318,19 @@ class EarlyOverwritingDiT(ToyDiT):
 
     def make_block(self) -> nn.Module:
         return EarlyOverwritingBlock()
+
+
+class LateWriteBlock(Block):
+    """Writes to its input once more when nobody reads it any longer."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        result = super().forward(hidden_states, text, temb)
+        hidden_states.zero_()
+        return result
+
+
+class LateWriteDiT(ToyDiT):
+    """A dead write to the memory that the stack was entered with."""
+
+    def make_block(self) -> nn.Module:
+        return LateWriteBlock()

@@ -25,6 +25,7 @@ TRAITS = [
     toys.TransposedDiT,
     toys.OverwritingDiT,
     toys.AccumulatingDiT,
+    toys.LateWriteDiT,
     partial(toys.LearnedQueryDiT, position=0),
 ]
 
