@@ -34,10 +34,15 @@ class PartitionGraph:
     Requires: the block stack, the modulation.
     Declines when: an in-place write would be seen in another order than before (MUTATION_ACROSS_CUT), a mode is
     switched inside the graph (MODE_ACROSS_CUT), the residual's shape depends on values (UNKNOWN_STATE_SHAPE), or the
-    output is read from tokens that the latents do not enter (STALE_OUTPUT).
+    output is read from tokens that the latents do not enter (STALE_OUTPUT), a varying float enters the blocks
+    (VARYING_FLOAT), or a skipped step would save too little to be worth its error (LITTLE_TO_SKIP).
+
+    Attributes:
+        largest_share: of a computed step's FLOPs that a skipped one may pay.
     """
 
     name: str = "partition-graph"
+    largest_share: float = 0.6
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
         assert ctx.stack is not None
@@ -62,6 +67,10 @@ class PartitionGraph:
             conditioning=_names(_conditioning(flow, latents, timestep)),
         )
         ctx.costs = Costs(total_flops(parts.prologue), total_flops(parts.blocks), total_flops(parts.epilogue))
+        if (share := ctx.costs.skipped_share) > self.largest_share:
+            raise Declined(
+                DeclineReason.LITTLE_TO_SKIP, f"a skipped step would pay {share:.0%} of a computed one's FLOPs"
+            )
         return False
 
 
@@ -124,6 +133,10 @@ def _operands(flow: Dataflow, blocks: list[fx.Node], pairs: list[LivePair]) -> l
             todo += node.all_input_nodes  # sizes of a view may be values too
         elif not (node.op == "get_attr" and fake_value(node) is None):
             roots[node] = None
+    for node in flow.sort(roots):
+        if isinstance(fake_value(node), (float, torch.SymFloat)):
+            detail = "a number that changes between calls enters the blocks, and a cond takes tensors only"
+            raise Declined(DeclineReason.VARYING_FLOAT, detail, node.name)
     return flow.sort(roots)
 
 

@@ -64,9 +64,7 @@ class TeaCacheBackend:
         self.inner = check_inner(inner)
         self.on_decline = _check_on_decline(on_decline)
         self.reports: list[RewriteReport] = []
-        self._stores: weakref.WeakKeyDictionary[nn.Module, dict[TeaCacheConfig, StateStore]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._stores: dict[tuple[str, TeaCacheConfig], StateStore] = {}
         self._warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.__name__ = "teacache"
 
@@ -109,22 +107,20 @@ class TeaCacheBackend:
         report = RewriteReport(class_name, len(gm.graph.nodes), rewritten.plan, config=resolved, timings=timings)
         self.reports.append(report)
         log.info("%s", report)
-        owner = root if root is not None else gm
-        return CachedGraph(compiled, rewritten, self._store(owner, settings.config), owner, settings.config)
+        store = self._stores.setdefault((class_name, settings.config), StateStore())
+        return CachedGraph(compiled, rewritten, store, settings.config)
 
     def stats(self) -> CacheStats:
         """What happened at each step so far, per model and context. Reads the records from the device."""
         contexts = []
-        for model, stores in self._stores.items():
-            for store in stores.values():
-                contexts += collect(type(model).__name__, store.states)
+        for (class_name, _), store in self._stores.items():
+            contexts += collect(class_name, store.states)
         return CacheStats(tuple(contexts))
 
     def reset_state(self) -> None:
         """Makes the next step of every context the first of a generation. The statistics stay."""
-        for stores in self._stores.values():
-            for store in stores.values():
-                store.reset()
+        for store in self._stores.values():
+            store.reset()
 
     def reset(self) -> None:
         """Forgets reports, states and statistics; `torch._dynamo.reset()` calls it as it drops the compiled graphs."""
@@ -145,9 +141,6 @@ class TeaCacheBackend:
         mode = own.pop("mode", mode)
         config = dataclasses.replace(self.config, **own) if own else self.config
         return _Settings(config, inner, on_decline, inductor_options(inner, mode, other))
-
-    def _store(self, owner: nn.Module, config: TeaCacheConfig) -> StateStore:
-        return self._stores.setdefault(owner, {}).setdefault(config, StateStore())
 
     def _tell(
         self, root: nn.Module | None, class_name: str, gm: fx.GraphModule, declined: Declined, settings: _Settings

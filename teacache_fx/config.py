@@ -87,6 +87,12 @@ class TeaCacheConfig:
         Raises:
             ValueError: `transformer_type` was given and nothing is published for it.
         """
+        if self.num_final_steps and self.num_inference_steps is None:
+            warnings.warn(
+                f"num_final_steps={self.num_final_steps} has no effect: num_inference_steps is not known. Pass it too.",
+                TeaCacheWarning,
+                stacklevel=2,
+            )
         if self.coefficients is not None:
             return ResolvedConfig(self, self.coefficients, "given by the user")
         row = published(self.transformer_type or class_name)

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 _names: ContextVar[tuple[tuple[weakref.ref[nn.Module], str], ...]] = ContextVar("teacache_fx_contexts", default=())
@@ -21,9 +22,11 @@ def cache_context(model: nn.Module, name: str) -> Iterator[None]:
         name: any non-empty text; calls under different names never share a state.
 
     Raises:
-        TypeError: `name` is not a string.
+        TypeError: `model` is no module, or `name` is not a string.
         ValueError: `name` is empty.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
     if not isinstance(name, str):
         raise TypeError(f"name must be a string such as 'cond', got {name!r}")
     if not name:
@@ -35,9 +38,13 @@ def cache_context(model: nn.Module, name: str) -> Iterator[None]:
         _names.reset(token)
 
 
-def context_name(model: nn.Module | None) -> str | None:
-    """The innermost name set for the model in this thread, if any."""
-    return next((name for reference, name in _names.get() if reference() is model), None)
+def context_name(parameter: Tensor | None) -> str | None:
+    """The innermost name set in this thread for the model that the parameter belongs to, if any."""
+    for reference, name in _names.get():
+        model = reference()
+        if model is not None and any(own is parameter for own in model.parameters()):
+            return name
+    return None
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -51,21 +58,30 @@ class Identity:
 
     Note [Identity]: a pipeline passes the same embeddings object at each step and another for the negative branch. The
     id alone would not do: a freed tensor's address is given to the next one, and a prompt can be changed in place.
-    So the tensors are held as weak references together with their version counters.
+    So the tensors are held as weak references together with their version counters. Inference tensors have no version
+    counter: of these a copy is kept, and the contents are compared.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._references = [weakref.ref(tensor) for tensor in tensors]
         self._versions = [_version(tensor) for tensor in tensors]
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether all tensors still exist; if not, no call can match any more."""
+        return all(reference() is not None for reference in self._references)
+
     def matches(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors remembered, alive and unchanged since."""
         return all(
-            reference() is tensor and version == _version(tensor)
+            reference() is tensor and _is_version(version, tensor)
             for reference, version, tensor in zip(self._references, self._versions, tensors, strict=True)
         )
 
 
-def _version(tensor: Tensor) -> int:
-    """Inference tensors have no version counter; they can only be told apart as objects."""
-    return -1 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int | Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _is_version(version: int | Tensor, tensor: Tensor) -> bool:
+    return torch.equal(version, tensor) if isinstance(version, Tensor) else version == tensor._version

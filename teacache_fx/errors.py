@@ -14,6 +14,8 @@ class DeclineReason(enum.Enum):
     SINGLE_BLOCK = "single blocks only"
     NO_MODULATED_INPUT = "no modulated input found"
     NO_MATCHING_INPUT = "output of the block stack matches none of its inputs"
+    LITTLE_TO_SKIP = "little to skip"
+    VARYING_FLOAT = "python float that varies"
     STALE_OUTPUT = "a skipped step would not follow the latents"
     MUTATION_ACROSS_CUT = "in-place write across the cut"
     MODE_ACROSS_CUT = "context manager inside the graph"
@@ -33,7 +35,8 @@ _REMEDIES = {
     DeclineReason.NO_LATENTS: "pass the latents as a floating-point tensor of the shape that the model returns",
     DeclineReason.NO_TIMESTEP: "pass the timestep as a tensor argument of the module that is compiled",
     DeclineReason.NO_REPEATED_BLOCKS: (
-        "compile the whole transformer; its blocks must be repeated modules that carry the latents one to the next "
+        "compile the whole transformer; two or more of its blocks must be modules of one class in a list that carry "
+        "the latents one to the next "
         "(if the capture broke inside the block loop, compile with fullgraph=True to see where)"
     ),
     DeclineReason.SINGLE_BLOCK: (
@@ -43,6 +46,10 @@ _REMEDIES = {
     DeclineReason.NO_MODULATED_INPUT: "the first block must apply a linear, conv or matmul to the latents' tokens",
     DeclineReason.NO_MATCHING_INPUT: (
         "the block stack must carry a tensor in and out with the same shape, so that a residual can be cached"
+    ),
+    DeclineReason.LITTLE_TO_SKIP: "nothing to cache: most of the model's work lies outside its repeated blocks",
+    DeclineReason.VARYING_FLOAT: (
+        "set torch._dynamo.config.specialize_float = True before compiling, or pass the number as a tensor"
     ),
     DeclineReason.STALE_OUTPUT: "nothing to cache: run such a model as it is",
     DeclineReason.MUTATION_ACROSS_CUT: "make the named in-place write functional (torch.cat, torch.where, out = x + y)",

@@ -49,7 +49,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
 
     # A limit of its own: explaining must not eat up the recompilations that the user's own compile may need.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
-        torch.compile(model, backend=analyse)(*args, **kwargs)
+        # Of the forward, since calling a model that is compiled in place would run what it was compiled to.
+        torch.compile(model.forward, backend=analyse)(*args, **kwargs)
     if not reports:
         declined = Declined(DeclineReason.NO_REPEATED_BLOCKS, "nothing of the model could be captured")
         return RewriteReport(name, 0, declined=declined)

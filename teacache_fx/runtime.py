@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import context_name
@@ -24,28 +23,27 @@ class CachedGraph:
         compiled: Callable[..., Any],
         rewritten: RewrittenGraph,
         store: StateStore,
-        owner: nn.Module,
         config: TeaCacheConfig,
     ) -> None:
         placeholders = [node for node in rewritten.gm.graph.nodes if node.op == "placeholder"]
         placeholders = placeholders[: rewritten.signature.num_inputs]
         conditioning = set(rewritten.plan.partition.conditioning)
         self._compiled, self._store = compiled, store
-        self._owner = weakref.ref(owner)
         self._num_inference_steps = config.num_inference_steps or 0
         self._num_outputs = rewritten.signature.num_outputs
         self._state_shapes = StateShapes(placeholders, rewritten.signature.tensors)
         self._layout = len(rewritten.signature.tensors)
         self._conditioning = [i for i, node in enumerate(placeholders) if node.name in conditioning]
-        self._user_inputs = [
-            i for i, node in enumerate(placeholders) if is_user_input(node) and isinstance(fake_value(node), Tensor)
-        ]
+        tensors = [i for i, node in enumerate(placeholders) if isinstance(fake_value(node), Tensor)]
+        self._user_inputs = [i for i in tensors if is_user_input(placeholders[i])]
+        self._weights = [i for i in tensors if not is_user_input(placeholders[i])]
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Runs one denoising step."""
-        name = context_name(self._owner())
+        weights = [args[i] for i in self._weights]
+        name = context_name(weights[0]) if weights else None
         shapes = tuple((args[i].shape, args[i].dtype, args[i].device) for i in self._user_inputs)
-        state = self._store.select(name, [args[i] for i in self._conditioning], (self._layout, shapes))
+        state = self._store.select(name, [args[i] for i in self._conditioning], (self._layout, shapes), weights)
         inputs = state.inputs(lambda: self._state_shapes.allocate(args), self._num_inference_steps)
         outputs: Sequence[Any] = self._compiled(*args, *inputs)
         state.advance(outputs[self._num_outputs :])

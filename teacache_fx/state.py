@@ -12,7 +12,7 @@ from teacache_fx.policy import PolicyState
 from teacache_fx.signature import RECORDED
 
 MAX_CONTEXTS = 16
-"""States that one model keeps; the least recently used one goes first."""
+"""States that a store keeps; the least recently used one goes first."""
 
 MAX_RECORDS = 4096
 """Steps that the statistics of one context go back."""
@@ -23,14 +23,15 @@ class TeaCacheState:
 
     Attributes:
         label: the context's name, or a number where the caller gave none.
+        identity: the tensors that it belongs to.
         tensors: previous_modulated_input and each previous_residual; empty before the first step.
         scalars: what the policy carries from step to step.
         records: per step the tensors of `RECORDED`, read from the device only when statistics are asked for.
     """
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, identity: Identity | None = None) -> None:
         self.label = label
-        self.identity: Identity | None = None
+        self.identity = identity or Identity(())
         self.tensors: list[Tensor] = []
         self.scalars: list[Tensor] = []
         self.records: deque[Sequence[Tensor]] = deque(maxlen=MAX_RECORDS)
@@ -55,7 +56,7 @@ class TeaCacheState:
 
 
 class StateStore:
-    """All states of one model under one config. Compiled graphs come and go, the store stays."""
+    """All states of the models of one class under one config. Compiled graphs come and go, the store stays."""
 
     def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
         self._states: OrderedDict[Hashable, TeaCacheState] = OrderedDict()
@@ -67,24 +68,34 @@ class StateStore:
         """The states kept, least recently used first."""
         return list(self._states.values())
 
-    def select(self, name: str | None, conditioning: Sequence[Tensor], shapes: Hashable) -> TeaCacheState:
+    def select(
+        self, name: str | None, conditioning: Sequence[Tensor], shapes: Hashable, weights: Sequence[Tensor] = ()
+    ) -> TeaCacheState:
         """The state for a call: of the named context, else of these very conditioning tensors; a new one if unknown.
 
         Args:
             name: set by the caller with `cache_context`, or `None`.
             conditioning: text embeddings and the like.
             shapes: shapes, dtypes and devices of all inputs of the call, and how many tensors its state has.
+            weights: the model's tensors. Dynamo runs one compiled graph for all models of the same structure, so only
+                they tell which model is being called.
         """
-        key = (name, shapes) if name is not None else (tuple(map(id, conditioning)), shapes)
+        anchors = [*weights[:1], *(conditioning if name is None else [])]
+        key = (name, tuple(map(id, weights)), tuple(map(id, anchors)), shapes)
         state = self._states.get(key)
-        if state is None or (state.identity is not None and not state.identity.matches(conditioning)):
-            state = self._states[key] = TeaCacheState(name or f"context {self._num_unnamed}")
-            if name is None:
-                state.identity = Identity(conditioning)
-                self._num_unnamed += 1
-            if len(self._states) > self._max_contexts:
-                self._states.popitem(last=False)
+        if state is None or not state.identity.matches(anchors):
+            state = self._states[key] = self._new(name, anchors)
         self._states.move_to_end(key)
+        return state
+
+    def _new(self, name: str | None, anchors: Sequence[Tensor]) -> TeaCacheState:
+        state = TeaCacheState(name or f"context {self._num_unnamed}", Identity(anchors))
+        self._num_unnamed += name is None
+        for other in self._states.values():
+            if not other.identity.is_alive:
+                other.reset()  # nobody can call for it again; its statistics stay until it is dropped
+        if len(self._states) >= self._max_contexts:
+            self._states.popitem(last=False)
         return state
 
     def reset(self) -> None:

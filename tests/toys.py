@@ -334,3 +334,31 @@ class LateWriteDiT(ToyDiT):
 
     def make_block(self) -> nn.Module:
         return LateWriteBlock()
+
+
+class GuidedDiT(ToyDiT):
+    """Takes a python float into its blocks, which dynamo makes dynamic at its second value."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, strength: float
+    ) -> Tensor:
+        self.strength = strength
+        return super().forward(hidden_states, timestep, encoder_hidden_states)
+
+    def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = hidden_states + self.strength * block(hidden_states, text, temb)
+        return hidden_states
+
+
+class HeavyHeadDiT(ToyDiT):
+    """Most of its work lies behind its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 64 * WIDTH)
+
+    def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        tokens = super().run_blocks(hidden_states, text, temb)
+        wide: Tensor = self.head(tokens)
+        return wide.view(*tokens.shape, 64).mean(-1)

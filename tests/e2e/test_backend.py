@@ -10,7 +10,7 @@ import torch
 from teacache_fx.passes import PIPELINE
 from torch import Tensor, nn
 
-from teacache_fx import StepReason, TeaCacheBackend, cache_context
+from teacache_fx import StepReason, TeaCacheBackend, TeaCacheWarning, cache_context
 from tests import toys
 
 
@@ -226,3 +226,52 @@ def test_function_around_a_model() -> None:
         denoise(**inputs)
         torch.testing.assert_close(denoise(**inputs), model(**inputs), rtol=1e-5, atol=1e-5)
     assert _reasons(backend) == [FIRST, SKIPPED]
+
+
+def test_models_that_share_a_compiled_graph_do_not_share_states() -> None:
+    first, second = toys.make(), toys.make()
+    for parameter in second.get_submodule("blocks").parameters():
+        parameter.mul_(1.5)
+    backend, inputs = _backend(rel_l1_thresh=1e3), toys.inputs()
+    compiled = [torch.compile(model, backend=backend) for model in (first, second)]
+    with torch.no_grad():
+        for index in range(2):
+            for model, function in zip((first, second), compiled, strict=True):
+                result = function(**_step(inputs, index))
+                if index == 0:
+                    assert torch.equal(result, model(**inputs))
+        with cache_context(second, "named"):
+            compiled[1](**_step(inputs, 2))
+    assert len(backend.reports) == 1, "dynamo runs one graph for both: only the weights tell them apart"
+    assert {context.name for context in backend.stats().contexts} == {"context 0", "context 1", "named"}
+    assert [_reasons(backend, i) for i in range(3)] == [[FIRST, SKIPPED], [FIRST, SKIPPED], [FIRST]]
+
+
+def test_prompt_changed_in_place_is_another_prompt() -> None:
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch._dynamo.reset()
+        model, backend = toys.make(), _backend(rel_l1_thresh=1e3)
+        compiled = torch.compile(model, backend=backend)
+        with mode():
+            inputs = toys.inputs()  # made in inference mode they have no version counter
+            compiled(**inputs)
+            inputs["encoder_hidden_states"].mul_(-1)
+            assert torch.equal(compiled(**inputs), model(**inputs))
+
+
+def test_varying_float_is_declined_and_runs_plain() -> None:
+    model = toys.make(toys.GuidedDiT)
+    backend = _backend(on_decline="warn")
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        results = [compiled(**toys.inputs(), strength=1.0)]  # the first value is baked in
+        with pytest.warns(TeaCacheWarning, match="python float that varies"):
+            results.append(compiled(**toys.inputs(), strength=2.0))
+        results.append(compiled(**toys.inputs(), strength=3.0))
+        for strength, result in zip((1.0, 2.0, 3.0), results, strict=True):
+            torch.testing.assert_close(result, model(**toys.inputs(), strength=strength), rtol=1e-5, atol=1e-5)
+
+
+def test_num_final_steps_without_the_number_of_steps_warns() -> None:
+    with torch.no_grad(), pytest.warns(TeaCacheWarning, match="num_final_steps=2 has no effect"):
+        torch.compile(toys.make(), backend=_backend(num_final_steps=2))(**toys.inputs())

@@ -94,6 +94,15 @@ def test_explain_bad_input(model: Any, inputs: dict[str, Tensor], error: type[Ex
         teacache_fx.explain(model, **inputs)
 
 
+def test_explain_of_a_model_compiled_in_place() -> None:
+    model = toys.make()
+    model.compile(backend=TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager"))
+    with torch.no_grad():
+        model(**toys.inputs())
+    assert teacache_fx.explain(model, **toys.inputs()).is_rewritten
+    assert teacache_fx.explain(torch.compile(toys.make()), **toys.inputs()).is_rewritten  # type: ignore[arg-type]
+
+
 def test_explain_takes_meta_tensors() -> None:
     model = toys.make().to("meta")
     inputs = {key: value.to("meta") for key, value in toys.inputs().items()}

@@ -36,6 +36,7 @@ DECLINES = {
     "learned query": (toys.LearnedQueryDiT, {}, DeclineReason.STALE_OUTPUT),
     "adding": (toys.AddingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "early overwriting": (toys.EarlyOverwritingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
+    "heavy head": (toys.HeavyHeadDiT, {}, DeclineReason.LITTLE_TO_SKIP),
     "wiping": (toys.WipesEmbeddingDiT, {}, DeclineReason.MUTATION_ACROSS_CUT),
     "autocast inside": (toys.AutocastInsideDiT, {}, DeclineReason.MODE_ACROSS_CUT),
 }
