@@ -38,11 +38,13 @@ def cache_context(model: nn.Module, name: str) -> Iterator[None]:
         _names.reset(token)
 
 
-def context_name(parameter: Tensor | None) -> str | None:
-    """The innermost name set in this thread for the model that the parameter belongs to, if any."""
-    for reference, name in _names.get():
+def context_name(weights: Sequence[Tensor]) -> str | None:
+    """The innermost name set in this thread for the model that these parameters and buffers belong to, if any."""
+    names = _names.get()
+    wanted = set(map(id, weights)) if names else set()
+    for reference, name in names:
         model = reference()
-        if model is not None and any(own is parameter for own in model.parameters()):
+        if model is not None and any(id(own) in wanted for own in model.parameters()):
             return name
     return None
 

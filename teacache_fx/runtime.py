@@ -41,7 +41,7 @@ class CachedGraph:
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Runs one denoising step."""
         weights = [args[i] for i in self._weights]
-        name = context_name(weights[0]) if weights else None
+        name = context_name(weights)
         shapes = tuple((args[i].shape, args[i].dtype, args[i].device) for i in self._user_inputs)
         state = self._store.select(name, [args[i] for i in self._conditioning], (self._layout, shapes), weights)
         inputs = state.inputs(lambda: self._state_shapes.allocate(args), self._num_inference_steps)

@@ -17,7 +17,7 @@ from teacache_fx.state import MAX_CONTEXTS, MAX_RECORDS, StateStore, TeaCacheSta
 
 
 def named(model: nn.Module | None) -> str | None:
-    return context_name(next(model.parameters()) if model is not None else None)
+    return context_name([torch.zeros(1), *model.parameters()] if model is not None else [])
 
 
 SHAPES = ((2, 3), torch.float32)
