@@ -39,13 +39,13 @@ def main() -> None:
     inputs = {name: value.to(**place) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def compiled(backend: object) -> Callable[[], Tensor]:
-        function: Callable[..., Any] = torch.compile(model, backend=backend, fullgraph=True)  # type: ignore[call-overload, no-untyped-call]
+        function: Callable[..., Any] = torch.compile(model, backend=backend, fullgraph=True)  # type: ignore[call-overload]
         return lambda: function(**inputs)[0]
 
     always = TeaCacheBackend(rel_l1_thresh=1e-9, coefficients=[1.0], inner="inductor", on_decline="raise")
     never = TeaCacheBackend(rel_l1_thresh=1e9, coefficients=[1.0, 0.0], inner="inductor", on_decline="raise")
     with torch.no_grad():
-        variants = {"eager": lambda: model(**inputs)[0]}
+        variants: dict[str, Callable[[], Tensor]] = {"eager": lambda: model(**inputs)[0]}
         for name, backend in (("plain compile", "inductor"), ("computed step", always), ("skipped step", never)):
             variants[name] = compiled(backend)
             for _ in range(2):
