@@ -45,14 +45,13 @@ class PassContext:
     partition: Partition | None = None
     costs: Costs | None = None
     signature: CacheSignature | None = None
-    _flow: dict[int, Dataflow] = field(default_factory=dict, repr=False)
+    _flow: Dataflow | None = field(default=None, repr=False)
 
     def dataflow(self, gm: fx.GraphModule) -> Dataflow:
         """Dependencies of the graph as it was before any rewriting; computed once for all analysis passes."""
-        key = id(gm.graph)
-        if key not in self._flow:
-            self._flow[key] = Dataflow(gm.graph)
-        return self._flow[key]
+        if self._flow is None:
+            self._flow = Dataflow(gm.graph)
+        return self._flow
 
     @property
     def plan(self) -> CachePlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -12,13 +13,33 @@ from teacache_fx.graph import emit, fake_value, set_fake_value, storages, tensor
 _aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """Nodes of the outer graph that both branches deal with.
+
+    Attributes:
+        operands: values that the branches take in.
+        sources: the same, as they are handed to the cond.
+        residuals: state inputs, one per live output.
+        values: the stack's live outputs.
+        bases: what entered the stack, one per live output.
+    """
+
+    operands: Sequence[fx.Node]
+    sources: Sequence[fx.Node]
+    residuals: Sequence[fx.Node]
+    values: Sequence[fx.Node]
+    bases: Sequence[fx.Node]
+
+
 class _Branch:
     """A graph under construction, and where the outer graph's nodes are found in it."""
 
-    def __init__(self, operands: Sequence[fx.Node], sources: Sequence[fx.Node], residuals: Sequence[fx.Node]) -> None:
+    def __init__(self, crossing: Crossing) -> None:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        for operand, source in zip((*operands, *residuals), (*sources, *residuals), strict=True):
+        outer = (*crossing.operands, *crossing.residuals)
+        for operand, source in zip(outer, (*crossing.sources, *crossing.residuals), strict=True):
             placeholder = self.graph.placeholder(operand.name)
             set_fake_value(placeholder, fake_value(source))
             self.env[operand] = placeholder
@@ -41,6 +62,11 @@ class _Branch:
             self.env[node] = self.derive(written[0]) if written else self.copy(node)
         return self.env[node]
 
+    def derive_bases(self, crossing: Crossing) -> list[fx.Node]:
+        """What entered the stack, in the floating-point type that leaves it."""
+        pairs = zip(crossing.bases, crossing.values, strict=True)
+        return [_cast(self.graph, self.derive(base), value) for base, value in pairs]
+
     def copy(self, node: fx.Node) -> fx.Node:
         """Copies one node. An operand made contiguous may differ from the recorded strides, never in its values."""
         self.env[node] = self.graph.node_copy(node, self.derive)
@@ -53,46 +79,28 @@ class _Branch:
         return fx.GraphModule(gm, self.graph)
 
 
-def run_blocks(
-    gm: fx.GraphModule,
-    operands: Sequence[fx.Node],
-    sources: Sequence[fx.Node],
-    residuals: Sequence[fx.Node],
-    blocks: Sequence[fx.Node],
-    values: Sequence[fx.Node],
-    bases: Sequence[fx.Node],
-) -> fx.GraphModule:
+def run_blocks(gm: fx.GraphModule, crossing: Crossing, blocks: Sequence[fx.Node]) -> fx.GraphModule:
     """`(hidden_states_out, ..., residual, ...)`: the blocks as they were, and what they added.
 
     Outputs are cloned even where they are contiguous already: a slice keeps its storage offset and its base.
     """
-    branch = _Branch(operands, sources, residuals)
-    entered = [_cast(branch.graph, branch.derive(base), value) for base, value in zip(bases, values, strict=True)]
+    branch = _Branch(crossing)
+    entered = branch.derive_bases(crossing)
     branch.protect({s for node in blocks for argument in written_arguments(node) for s in storages(argument)})
     for node in blocks:
         branch.copy(node)
-    outputs = [
-        emit(branch.graph, _aten.clone.default, branch.env[v], memory_format=torch.contiguous_format) for v in values
-    ]
+    values = [branch.env[value] for value in crossing.values]
+    outputs = [emit(branch.graph, _aten.clone.default, v, memory_format=torch.contiguous_format) for v in values]
     new = [emit(branch.graph, _aten.sub.Tensor, output, base) for output, base in zip(outputs, entered, strict=True)]
     return branch.finish(gm, outputs, [_contiguous(branch.graph, node) for node in new])
 
 
-def reuse_residual(
-    gm: fx.GraphModule,
-    operands: Sequence[fx.Node],
-    sources: Sequence[fx.Node],
-    residuals: Sequence[fx.Node],
-    values: Sequence[fx.Node],
-    bases: Sequence[fx.Node],
-) -> fx.GraphModule:
+def reuse_residual(gm: fx.GraphModule, crossing: Crossing) -> fx.GraphModule:
     """`(hidden_states + previous_residual, ..., previous_residual, ...)`."""
-    branch = _Branch(operands, sources, residuals)
-    previous = [branch.env[residual] for residual in residuals]
-    outputs = [
-        emit(branch.graph, _aten.add.Tensor, _cast(branch.graph, branch.derive(base), value), residual)
-        for base, value, residual in zip(bases, values, previous, strict=True)
-    ]
+    branch = _Branch(crossing)
+    entered = branch.derive_bases(crossing)
+    previous = [branch.env[residual] for residual in crossing.residuals]
+    outputs = [emit(branch.graph, _aten.add.Tensor, base, r) for base, r in zip(entered, previous, strict=True)]
     outputs = [_contiguous(branch.graph, node) for node in outputs]
     clones = [emit(branch.graph, _aten.clone.default, r, memory_format=torch.contiguous_format) for r in previous]
     return branch.finish(gm, outputs, clones)

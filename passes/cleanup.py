@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from teacache_fx.passes.base import PassContext
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow
+from teacache_fx.passes.base import PassContext
 
 
 @dataclass(frozen=True)

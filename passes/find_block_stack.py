@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from teacache_fx.passes.base import PassContext, output_arguments
-from teacache_fx.passes.pair_live_outputs import describe_pair, pair_live_outputs
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import approximate, is_matmul, total_flops
 from teacache_fx.graph import argument_name, block_of, fake_tensors, is_user_input, op_name, same_size
+from teacache_fx.passes.base import PassContext, output_arguments
+from teacache_fx.passes.pair_live_outputs import describe_pair, pair_live_outputs
 from teacache_fx.plan import BlockList, BlockStack
 
 _ATTENTION = {"scaled_dot_product_attention", "flex_attention", "softmax"}

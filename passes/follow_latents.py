@@ -7,14 +7,12 @@ the same whatever the latents are.
 
 from __future__ import annotations
 
-from teacache_fx.passes.pair_live_outputs import LivePair
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.graph import fake_value, op_name, same_shape, tensor_of
-
-_JOINS = {"cat", "concat", "concatenate"}
+from teacache_fx.graph import fake_value, is_join, op_name, same_shape, tensor_of
+from teacache_fx.passes.pair_live_outputs import LivePair
 
 
 def check_follows_latents(flow: Dataflow, pairs: list[LivePair], dependent: set[fx.Node]) -> None:
@@ -48,7 +46,7 @@ def _readings(flow: Dataflow, pair: LivePair, dependent: set[fx.Node]) -> list[t
 def _latent_span(base: fx.Node, dependent: set[fx.Node]) -> tuple[int, int, int] | None:
     """Dimension and range of the joined tokens that start from the latents; `None` if nothing is joined."""
     node = base
-    while op_name(node) not in _JOINS:
+    while not is_join(node):
         inputs = [source for source in node.all_input_nodes if source in dependent and _keeps_tokens(source, base)]
         if len(inputs) != 1:
             return None

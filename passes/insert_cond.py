@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from teacache_fx.passes.base import PassContext, nodes_by_name, output_arguments
-from teacache_fx.passes.branches import reuse_residual, run_blocks
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from teacache_fx.dataflow import view_source
 from teacache_fx.graph import emit, fake_mode_of, fake_value, mark_as_state, set_fake_value, tensor_of
+from teacache_fx.passes.base import PassContext, nodes_by_name, output_arguments
+from teacache_fx.passes.branches import Crossing, reuse_residual, run_blocks
 from teacache_fx.policy import Policy, PolicyState
 from teacache_fx.signature import RECORDED, CacheSignature
 
@@ -54,15 +54,11 @@ class InsertCond:
             with graph.inserting_before(behind[0]):
                 decision = _insert_policy(graph, policy, [indicator, state[0], timestep, *state[-_NUM_SCALARS:]])
                 operands = [nodes[name] for name in plan.partition.operands]
-                residuals = state[1:-_NUM_SCALARS]
                 sources = [_as_operand(graph, node) for node in operands]
-                branches = (
-                    run_blocks(
-                        gm, operands, sources, residuals, [nodes[n] for n in plan.partition.blocks], values, bases
-                    ),
-                    reuse_residual(gm, operands, sources, residuals, values, bases),
-                )
-                results = _insert_cond(gm, decision.should_compute, branches, [*sources, *residuals])
+                crossing = Crossing(operands, sources, state[1:-_NUM_SCALARS], values, bases)
+                blocks = [nodes[name] for name in plan.partition.blocks]
+                branches = (run_blocks(gm, crossing, blocks), reuse_residual(gm, crossing))
+                results = _insert_cond(gm, decision.should_compute, branches, [*sources, *crossing.residuals])
                 kept_indicator = _as_state(graph, indicator)
         for value, result in zip(values, results[: len(values)], strict=True):
             value.replace_all_uses_with(result, delete_user_cb=lambda user: user in behind)

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from teacache_fx.passes.base import PassContext
-from teacache_fx.passes.modulation_patterns import name_pattern
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow, view_source
@@ -18,14 +16,16 @@ from teacache_fx.graph import (
     block_of,
     fake_tensors,
     fake_value,
+    is_join,
     is_user_input,
     op_name,
     same_shape,
     tensor_of,
 )
+from teacache_fx.passes.base import PassContext, nodes_by_name
+from teacache_fx.passes.modulation_patterns import name_pattern
 from teacache_fx.plan import BlockStack, Modulation
 
-_JOINS = {"cat", "concat", "concatenate"}
 _SINUSOIDS = {"sin", "cos", "sin_", "cos_"}
 _TIME_WORDS = {"timestep": 4, "timesteps": 4, "t": 3, "time": 3, "sigma": 3, "sigmas": 3, "noise_level": 3}
 _ENOUGH = 3
@@ -51,7 +51,7 @@ class MatchModulation:
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
         assert ctx.stack is not None
         flow = ctx.dataflow(gm)
-        by_name = {node.name: node for node in gm.graph.nodes}
+        by_name = nodes_by_name(gm)
         dependent = flow.forward([by_name[ctx.stack.latents]])
         timestep = find_timestep(flow, ctx.stack)
         bases = [by_name[live.base] for live in ctx.stack.live_outputs]
@@ -77,7 +77,7 @@ def _pointwise_source(node: fx.Node, dependent: set[fx.Node], bases: list[fx.Nod
     """Looks through views, and through joins of text and image tokens to those that have a residual."""
     while True:
         source = view_source(node)
-        if source is None and op_name(node) in _JOINS:
+        if source is None and is_join(node):
             joined = [argument for argument in node.all_input_nodes if argument in dependent]
             alike = [a for a in joined if any(same_shape(tensor_of(a), tensor_of(base)) for base in bases)] or joined
             source = alike[0] if len(alike) == 1 else None  # several: the join itself is compared

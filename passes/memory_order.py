@@ -11,28 +11,28 @@ the stack twice. Everything else is declined: a wrong picture is worse than no c
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Protocol
+from dataclasses import dataclass
 
-from teacache_fx.passes.pair_live_outputs import LivePair
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.graph import op_name, storages
+from teacache_fx.passes.pair_live_outputs import LivePair
 
 _PROLOGUE, _BLOCKS, _EPILOGUE = range(3)
 
 
-class _Parts(Protocol):
-    @property
-    def prologue(self) -> list[fx.Node]: ...
-    @property
-    def blocks(self) -> list[fx.Node]: ...
-    @property
-    def epilogue(self) -> list[fx.Node]: ...
+@dataclass(frozen=True)
+class Parts:
+    """The three parts as nodes, each in graph order."""
+
+    prologue: list[fx.Node]
+    blocks: list[fx.Node]
+    epilogue: list[fx.Node]
 
 
-def check_memory_order(flow: Dataflow, parts: _Parts, pairs: list[LivePair], indicator: fx.Node) -> None:
+def check_memory_order(flow: Dataflow, parts: Parts, pairs: list[LivePair], indicator: fx.Node) -> None:
     """Raises `Declined` (MUTATION_ACROSS_CUT) unless every write is safe by Note [Memory order]."""
     if not flow.writers:
         return

@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from teacache_fx.passes.base import PassContext, nodes_by_name
-from teacache_fx.passes.follow_latents import check_follows_latents
-from teacache_fx.passes.memory_order import check_memory_order
-from teacache_fx.passes.pair_live_outputs import LivePair
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import total_flops
 from teacache_fx.graph import fake_tensors, fake_value, is_user_input, op_name, storages
+from teacache_fx.passes.base import PassContext, nodes_by_name
+from teacache_fx.passes.follow_latents import check_follows_latents
+from teacache_fx.passes.memory_order import Parts, check_memory_order
+from teacache_fx.passes.pair_live_outputs import LivePair
 from teacache_fx.plan import Costs, Partition
 
 
@@ -76,15 +76,6 @@ class PartitionGraph:
 
 def _names(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
     return tuple(node.name for node in nodes)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The three parts as nodes, each in graph order."""
-
-    prologue: list[fx.Node]
-    blocks: list[fx.Node]
-    epilogue: list[fx.Node]
 
 
 def _split(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from teacache_fx.passes.base import output_arguments
 from torch import fx
 
 from teacache_fx.errors import VerificationError
 from teacache_fx.graph import fake_tensors, fake_value, storages
+from teacache_fx.passes.base import output_arguments
 
 
 def verify(gm: fx.GraphModule, known: Collection[str], after: str) -> None:

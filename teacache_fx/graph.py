@@ -5,7 +5,6 @@ Tried on torch 2.13.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -93,6 +92,11 @@ def op_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket.__name__)
     return getattr(node.target, "__name__", str(node.target))
+
+
+def is_join(node: fx.Node) -> bool:
+    """Whether the node joins tensors along a dimension they have."""
+    return op_name(node) in ("cat", "concat", "concatenate")
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
@@ -221,11 +225,10 @@ def state_examples(gm: fx.GraphModule, num_inputs: int) -> list[torch.Tensor]:
 
     The graph's own fake values live in the mode of the capture, which AOTAutograd would not mix with the backend's.
     """
-    context = TracingContext.try_get()
-    mode = context.fake_mode if context is not None else None
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     fakes = [tensor_of(node) for node in placeholders[num_inputs:]]
-    with mode or contextlib.nullcontext():
-        return (
-            [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in fakes] if mode else fakes
-        )
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return fakes
+    with context.fake_mode:
+        return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in fakes]

@@ -39,8 +39,3 @@ class CacheSignature:
     def scalar_names(self) -> tuple[str, ...]:
         """Names of the scalar state inputs."""
         return PolicyState._fields
-
-    @property
-    def num_new_outputs(self) -> int:
-        """How many outputs follow the model's own."""
-        return len(self.tensors) + len(self.scalar_names) - 1 + len(RECORDED)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from teacache_fx.passes import PIPELINE
 from torch import Tensor, nn
 
 from teacache_fx import StepReason, TeaCacheBackend, TeaCacheWarning, cache_context
+from teacache_fx.passes import PIPELINE
 from tests import toys
 
 

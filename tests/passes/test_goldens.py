@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from teacache_fx.passes import PIPELINE
 from torch import fx, nn
 
+from teacache_fx.passes import PIPELINE
 from teacache_fx.plan import CachePlan
 from teacache_fx.render import render
 from teacache_fx.report import RewriteReport
