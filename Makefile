@@ -27,10 +27,9 @@ test: venv ## Run the tests
 goldens: venv ## Rewrite the golden texts of the passes; read the diff before you commit it
 	$(BIN)/python -m pytest tests/passes/test_goldens.py --update-goldens
 
-types: venv ## Check types strictly; the type checker cannot read the ordinary editable install
-	rm -f $(READY)
+types: venv ## Check types strictly; mypy cannot read the ordinary editable install, so it is put back afterwards
 	$(BIN)/python -m pip install --quiet --no-deps -e . --config-settings editable_mode=strict
-	$(BIN)/mypy
+	$(BIN)/mypy; status=$$?; $(BIN)/python -m pip install --quiet --no-deps -e . && exit $$status
 
 lint: venv ## Check style and format
 	$(BIN)/ruff check
