@@ -10,9 +10,11 @@ from teacache_fx.passes.find_block_stack import FindBlockStack
 from teacache_fx.passes.insert_cond import InsertCond
 from teacache_fx.passes.match_modulation import MatchModulation
 from teacache_fx.passes.partition_graph import PartitionGraph
+from teacache_fx.passes.read_extractor import ReadExtractor
 
 ANALYSIS: tuple[Pass, ...] = (
-    FindBlockStack(),  # first: all else asks where the blocks are
+    ReadExtractor(),  # first: what the user has said need not be found
+    FindBlockStack(),  # before all else, which asks where the blocks are
     MatchModulation(),  # needs the region of the stack
     PartitionGraph(),  # needs the indicator: what it takes must stay outside the branch
 )
@@ -33,4 +35,5 @@ __all__ = [
     "PartitionGraph",
     "Pass",
     "PassContext",
+    "ReadExtractor",
 ]

@@ -35,11 +35,13 @@ class PassContext:
 
     Attributes:
         policy: the settings to trace into the graph, `None` while only analysing.
+        marked: names of the nodes that an extractor has marked, by role; empty without an extractor.
         stack, modulation, partition, costs: parts of the plan, `None` until found.
         signature: layout of the added inputs and outputs, `None` until the cond is inserted.
     """
 
     policy: Policy | None = None
+    marked: dict[str, str] = field(default_factory=dict)
     stack: BlockStack | None = None
     modulation: Modulation | None = None
     partition: Partition | None = None

@@ -23,6 +23,7 @@ class Crossing:
         residuals: state inputs, one per live output.
         values: the stack's live outputs.
         bases: what entered the stack, one per live output.
+        needy_samples: bool of shape [batch], which samples need the blocks; `None` where all do or none does.
     """
 
     operands: Sequence[fx.Node]
@@ -30,6 +31,17 @@ class Crossing:
     residuals: Sequence[fx.Node]
     values: Sequence[fx.Node]
     bases: Sequence[fx.Node]
+    needy_samples: fx.Node | None = None
+
+    @property
+    def from_policy(self) -> list[fx.Node]:
+        """State and decisions that the branches take in behind the model's own operands."""
+        return [*self.residuals, *([] if self.needy_samples is None else [self.needy_samples])]
+
+    @property
+    def cond_operands(self) -> list[fx.Node]:
+        """What the cond is called with."""
+        return [*self.sources, *self.from_policy]
 
 
 class _Branch:
@@ -38,8 +50,8 @@ class _Branch:
     def __init__(self, crossing: Crossing) -> None:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        outer = (*crossing.operands, *crossing.residuals)
-        for operand, source in zip(outer, (*crossing.sources, *crossing.residuals), strict=True):
+        outer = (*crossing.operands, *crossing.from_policy)
+        for operand, source in zip(outer, crossing.cond_operands, strict=True):
             placeholder = self.graph.placeholder(operand.name)
             set_fake_value(placeholder, fake_value(source))
             self.env[operand] = placeholder
@@ -92,6 +104,12 @@ def run_blocks(gm: fx.GraphModule, crossing: Crossing, blocks: Sequence[fx.Node]
     values = [branch.env[value] for value in crossing.values]
     outputs = [emit(branch.graph, _aten.clone.default, v, memory_format=torch.contiguous_format) for v in values]
     new = [emit(branch.graph, _aten.sub.Tensor, output, base) for output, base in zip(outputs, entered, strict=True)]
+    if crossing.needy_samples is not None:
+        previous = [branch.env[residual] for residual in crossing.residuals]
+        reused = [emit(branch.graph, _aten.add.Tensor, base, r) for base, r in zip(entered, previous, strict=True)]
+        needy = branch.env[crossing.needy_samples]
+        outputs = [_choose(branch.graph, needy, *pair) for pair in zip(outputs, reused, strict=True)]
+        new = [_choose(branch.graph, needy, *pair) for pair in zip(new, previous, strict=True)]
     return branch.finish(gm, outputs, [_contiguous(branch.graph, node) for node in new])
 
 
@@ -104,6 +122,12 @@ def reuse_residual(gm: fx.GraphModule, crossing: Crossing) -> fx.GraphModule:
     outputs = [_contiguous(branch.graph, node) for node in outputs]
     clones = [emit(branch.graph, _aten.clone.default, r, memory_format=torch.contiguous_format) for r in previous]
     return branch.finish(gm, outputs, clones)
+
+
+def _choose(graph: fx.Graph, needy: fx.Node, computed: fx.Node, reused: fx.Node) -> fx.Node:
+    """For each sample what its own decision asks for, so that a sample's result does not depend on its neighbours."""
+    mask = emit(graph, _aten.view.default, needy, [-1, *[1] * (tensor_of(computed).ndim - 1)])
+    return _contiguous(graph, emit(graph, _aten.where.self, mask, computed, reused))
 
 
 def _contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:

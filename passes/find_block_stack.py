@@ -11,13 +11,13 @@ from torch import fx
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import approximate, is_matmul, total_flops
-from teacache_fx.graph import argument_name, block_of, fake_tensors, is_user_input, op_name, same_size
-from teacache_fx.passes.base import PassContext, output_arguments
+from teacache_fx.graph import block_of, op_name
+from teacache_fx.passes.base import PassContext
+from teacache_fx.passes.input_roles import find_latents
 from teacache_fx.passes.pair_live_outputs import describe_pair, pair_live_outputs
 from teacache_fx.plan import BlockList, BlockStack
 
 _ATTENTION = {"scaled_dot_product_attention", "flex_attention", "softmax"}
-_LATENT_NAMES = ("hidden_states", "latents", "sample", "x")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class FindBlockStack:
     smallest_share: float = 0.02
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
+        if ctx.stack is not None:
+            return False
         flow = ctx.dataflow(gm)
         latents = find_latents(gm)
         dependent = flow.forward([latents]) & flow.live
@@ -67,40 +69,6 @@ class FindBlockStack:
         weights = {path: approximate(total_flops(_flat(blocks))) for path, blocks in chains.items()}
         least = self.smallest_share * max(weights.values(), default=0.0)
         return {path: blocks for path, blocks in chains.items() if weights[path] >= least}
-
-
-def find_latents(gm: fx.GraphModule) -> fx.Node:
-    """The floating-point input whose shape agrees best with the model's first tensor output.
-
-    Raises:
-        Declined: NO_LATENTS if no input has as many dimensions as an output.
-    """
-    outputs = [tensor for node in output_arguments(gm) if isinstance(node, fx.Node) for tensor in fake_tensors(node)]
-    best: tuple[tuple[int, ...], fx.Node] | None = None
-    for node in gm.graph.nodes:
-        if not is_user_input(node) or argument_name(node).startswith("encoder_"):
-            continue
-        for value in fake_tensors(node):
-            if not value.is_floating_point() or value.ndim < 2:
-                continue
-            for output in outputs:
-                if value.ndim != output.ndim:
-                    continue
-                equal = sum(map(same_size, value.shape, output.shape))
-                score = (int(equal == value.ndim), equal, _name_rank(node))
-                if best is None or score > best[0]:
-                    best = (score, node)
-    if best is None:
-        shapes = ", ".join(str(list(output.shape)) for output in outputs) or "none"
-        raise Declined(
-            DeclineReason.NO_LATENTS, f"no floating-point input has as many dimensions as an output (outputs: {shapes})"
-        )
-    return best[1]
-
-
-def _name_rank(node: fx.Node) -> int:
-    name = argument_name(node)
-    return len(_LATENT_NAMES) - _LATENT_NAMES.index(name) if name in _LATENT_NAMES else 0
 
 
 def _blocks_of_lists(nodes: Iterable[fx.Node]) -> dict[str, dict[int, list[fx.Node]]]:

@@ -11,11 +11,13 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from teacache_fx.dataflow import view_source
-from teacache_fx.graph import emit, fake_mode_of, fake_value, mark_as_state, set_fake_value, tensor_of
+from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.graph import emit, fake_mode_of, fake_value, mark_as_state, same_size, set_fake_value, tensor_of
 from teacache_fx.passes.base import PassContext, nodes_by_name, output_arguments
 from teacache_fx.passes.branches import Crossing, reuse_residual, run_blocks
-from teacache_fx.policy import Policy, PolicyState
+from teacache_fx.policy import Policy, PolicyState, relative_l1
 from teacache_fx.signature import RECORDED, CacheSignature
+from teacache_fx.trajectory import gather_evidence
 
 _NUM_SCALARS = len(PolicyState._fields)
 _CLONE = torch.ops.aten.clone.default
@@ -34,6 +36,8 @@ class InsertCond:
     fresh contiguous tensors, so that none aliases an operand or another output.
 
     Requires: the whole plan.
+    Declines when: samples are to decide for themselves, and a tensor of the state does not begin with the batch
+    (NO_SAMPLE_DIMENSION).
     """
 
     name: str = "insert-cond"
@@ -46,39 +50,55 @@ class InsertCond:
             output.prepend(nodes[name])
         values = [nodes[live.value] for live in plan.stack.live_outputs]
         bases = [nodes[live.base] for live in plan.stack.live_outputs]
-        indicator, timestep = nodes[plan.modulation.modulated_input], nodes[plan.modulation.timestep]
+        indicator, latents = nodes[plan.modulation.modulated_input], nodes[plan.stack.latents]
+        inputs = _PolicyInputs(
+            indicator, nodes[plan.modulation.timestep], latents, [nodes[name] for name in plan.partition.conditioning]
+        )
         behind = [*(nodes[name] for name in plan.partition.epilogue), output]
         with fake_mode_of(graph), torch.autocast(tensor_of(indicator).device.type, enabled=False):
-            ctx.signature = _signature(gm, [indicator, *values])
+            ctx.signature = _signature(gm, policy, [indicator, *values, latents])
             state = _add_state_inputs(graph, ctx.signature)
             with graph.inserting_before(behind[0]):
-                decision = _insert_policy(graph, policy, [indicator, state[0], timestep, *state[-_NUM_SCALARS:]])
+                decision = _insert_policy(graph, policy, inputs, state)
                 operands = [nodes[name] for name in plan.partition.operands]
                 sources = [_as_operand(graph, node) for node in operands]
-                crossing = Crossing(operands, sources, state[1:-_NUM_SCALARS], values, bases)
+                residuals = state[1 : 1 + len(values)]
+                crossing = Crossing(operands, sources, residuals, values, bases, decision.needy_samples)
                 blocks = [nodes[name] for name in plan.partition.blocks]
                 branches = (run_blocks(gm, crossing, blocks), reuse_residual(gm, crossing))
-                results = _insert_cond(gm, decision.should_compute, branches, [*sources, *crossing.residuals])
-                kept_indicator = _as_state(graph, indicator)
+                results = _insert_cond(gm, decision.should_compute, branches, crossing.cond_operands)
+                kept = [_as_state(graph, node) for node in (indicator, latents)]
         for value, result in zip(values, results[: len(values)], strict=True):
             value.replace_all_uses_with(result, delete_user_cb=lambda user: user in behind)
-        new_state = [kept_indicator, *results[len(values) :], *decision.scalars]
+        new_state = [kept[0], *results[len(values) :], kept[1], *decision.scalars]
         output.args = ((*output_arguments(gm), *new_state, *decision.recorded),)
         return True
 
 
-def _signature(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> CacheSignature:
+def _signature(gm: fx.GraphModule, policy: Policy, nodes: Sequence[fx.Node]) -> CacheSignature:
     num_inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
     tensors = [torch.empty_like(tensor_of(node), memory_format=torch.contiguous_format) for node in nodes]
-    return CacheSignature(num_inputs, len(output_arguments(gm)), tuple(tensors))
+    shape = (_batch_size(nodes),) if policy.per_sample else ()
+    scalars = PolicyState.initial(device=tensors[0].device, shape=shape)
+    return CacheSignature(num_inputs, len(output_arguments(gm)), tuple(tensors), scalars)
+
+
+def _batch_size(nodes: Sequence[fx.Node]) -> int:
+    latents = nodes[-1]
+    batch = tensor_of(latents).shape[0]
+    for node in nodes:
+        shape = tensor_of(node).shape
+        if not shape or not same_size(shape[0], batch):
+            detail = f"granularity='sample' needs the {batch} samples first, but `{node.name}` is {list(shape)}"
+            raise Declined(DeclineReason.NO_SAMPLE_DIMENSION, detail, node.name)
+    return batch
 
 
 def _add_state_inputs(graph: fx.Graph, signature: CacheSignature) -> list[fx.Node]:
     names = (*signature.tensor_names, *signature.scalar_names)
-    values = (*signature.tensors, *PolicyState.initial(device=signature.tensors[0].device))
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     state = []
-    for name, value in zip(names, values, strict=True):
+    for name, value in zip(names, (*signature.tensors, *signature.scalars), strict=True):
         with graph.inserting_after(last):
             last = graph.placeholder(name)
         mark_as_state(last)
@@ -88,34 +108,57 @@ def _add_state_inputs(graph: fx.Graph, signature: CacheSignature) -> list[fx.Nod
 
 
 @dataclass(frozen=True)
+class _PolicyInputs:
+    """Nodes of the model that the decision looks at."""
+
+    indicator: fx.Node
+    timestep: fx.Node
+    latents: fx.Node
+    conditioning: list[fx.Node]
+
+
+@dataclass(frozen=True)
 class _Decision:
-    """Nodes of a traced decision: the predicate, the scalars for the next step, and what is recorded of it."""
+    """Nodes of a traced decision: the predicate, the scalars for the next step, and what is recorded of it.
+
+    `needy_samples` of shape [batch] tells which samples need the blocks, `None` where the whole batch decides.
+    """
 
     should_compute: fx.Node
+    needy_samples: fx.Node | None
     scalars: list[fx.Node]
     recorded: list[fx.Node]
 
 
-def _insert_policy(graph: fx.Graph, policy: Policy, arguments: list[fx.Node]) -> _Decision:
+def _insert_policy(graph: fx.Graph, policy: Policy, inputs: _PolicyInputs, state: list[fx.Node]) -> _Decision:
     """Traces the policy on the arguments' fake values and inlines what it did."""
 
-    def decide(current: Tensor, previous: Tensor, timestep: Tensor, *scalars: Tensor) -> list[Tensor]:
-        decision = policy.decide(current, previous, timestep, PolicyState(*scalars))
+    def decide(
+        indicator: Tensor, timestep: Tensor, latents: Tensor, conditioning: list[Tensor], state: list[Tensor]
+    ) -> list[Tensor]:
+        rel_l1 = relative_l1(indicator, state[0], policy.per_sample)
+        previous_latents = state[-_NUM_SCALARS - 1]
+        evidence = gather_evidence(timestep, latents, previous_latents, conditioning, policy.per_sample)
+        decision = policy.decide(rel_l1, evidence, PolicyState(*state[-_NUM_SCALARS:]))
         recorded = [getattr(decision, name) for name in RECORDED]
-        return [decision.should_compute, *decision.state[:-1], *recorded]
+        needy = decision.should_compute
+        return [needy.any() if policy.per_sample else needy, needy, *decision.state[:-1], *recorded]
 
-    traced = make_fx(decide)(*(fake_value(node) for node in arguments))
+    arguments = (inputs.indicator, inputs.timestep, inputs.latents, inputs.conditioning, state)
+    traced = make_fx(decide)(*fx.node.map_arg(arguments, fake_value))
     copies: dict[fx.Node, fx.Node] = {}
-    inputs = iter(arguments)
+    leaves = iter(torch.utils._pytree.tree_leaves(arguments))
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            copies[node] = next(inputs)
+            copies[node] = next(leaves)
         elif node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {}
             set_fake_value(copies[node], fake_value(node))
-    should_compute, *rest = (copies[node] for node in output_arguments(traced))
-    return _Decision(should_compute, rest[: -len(RECORDED)], rest[-len(RECORDED) :])
+    should_compute, needy, *rest = (copies[node] for node in output_arguments(traced))
+    return _Decision(
+        should_compute, needy if policy.per_sample else None, rest[: -len(RECORDED)], rest[-len(RECORDED) :]
+    )
 
 
 def _as_operand(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -23,12 +23,9 @@ from teacache_fx.graph import (
     tensor_of,
 )
 from teacache_fx.passes.base import PassContext, nodes_by_name
+from teacache_fx.passes.input_roles import find_timestep
 from teacache_fx.passes.modulation_patterns import name_pattern
 from teacache_fx.plan import BlockStack, Modulation
-
-_SINUSOIDS = {"sin", "cos", "sin_", "cos_"}
-_TIME_WORDS = {"timestep": 4, "timesteps": 4, "t": 3, "time": 3, "sigma": 3, "sigmas": 3, "noise_level": 3}
-_ENOUGH = 3
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,13 @@ class MatchModulation:
     name: str = "match-modulation"
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
+        if ctx.modulation is not None:
+            return False
         assert ctx.stack is not None
         flow = ctx.dataflow(gm)
         by_name = nodes_by_name(gm)
         dependent = flow.forward([by_name[ctx.stack.latents]])
-        timestep = find_timestep(flow, ctx.stack)
+        timestep = find_timestep(flow, ctx.stack.latents)
         bases = [by_name[live.base] for live in ctx.stack.live_outputs]
         matmul, indicator = _find_indicator([by_name[name] for name in ctx.stack.region], dependent, bases)
         owner = block_of(matmul)
@@ -84,47 +83,3 @@ def _pointwise_source(node: fx.Node, dependent: set[fx.Node], bases: list[fx.Nod
         if source is None or source.op == "placeholder" or not isinstance(fake_value(source), torch.Tensor):
             return node
         node = source
-
-
-def find_timestep(flow: Dataflow, stack: BlockStack) -> fx.Node:
-    """The input that tells how far denoising has come.
-
-    Raises:
-        Declined: NO_TIMESTEP.
-    """
-    scores = {
-        node: _time_score(node, flow)
-        for node in flow.nodes
-        if node.name != stack.latents and is_user_input(node) and node in flow.live and _is_small(node)
-    }
-    if not scores or max(scores.values()) < _ENOUGH:
-        seen = ", ".join(argument_name(node) for node in flow.nodes if is_user_input(node))
-        raise Declined(DeclineReason.NO_TIMESTEP, f"none of the inputs ({seen}) is embedded as a timestep or named one")
-    best: fx.Node = max(scores, key=scores.__getitem__)
-    return best
-
-
-def _is_small(node: fx.Node) -> bool:
-    value = fake_value(node)
-    return isinstance(value, torch.Tensor) and value.ndim <= 2 and not value.is_complex() and value.dtype != torch.bool
-
-
-def _time_score(node: fx.Node, flow: Dataflow) -> int:
-    name = argument_name(node)
-    if "guidance" in name:
-        return 0
-    named = _TIME_WORDS.get(name, _TIME_WORDS["timestep"] - 1 if "timestep" in name else 0)
-    embedded = 2 if any(op_name(user) in _SINUSOIDS for user in _until_matmul(node, flow)) else 0
-    return named + embedded + (fake_tensors(node)[0].ndim <= 1)
-
-
-def _until_matmul(node: fx.Node, flow: Dataflow) -> Iterator[fx.Node]:
-    """What depends on the node, as far as the first matrix products."""
-    todo, seen = [node], set[fx.Node]()
-    while todo:
-        current = todo.pop()
-        if current in seen or is_matmul(current):
-            continue
-        seen.add(current)
-        yield current
-        todo += flow.successors[current]

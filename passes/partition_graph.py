@@ -11,9 +11,10 @@ from torch import fx
 from teacache_fx.dataflow import Dataflow, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import total_flops
-from teacache_fx.graph import fake_tensors, fake_value, is_user_input, op_name, storages
+from teacache_fx.graph import fake_tensors, fake_value, op_name, storages
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.follow_latents import check_follows_latents
+from teacache_fx.passes.input_roles import conditioning_inputs
 from teacache_fx.passes.memory_order import Parts, check_memory_order
 from teacache_fx.passes.pair_live_outputs import LivePair
 from teacache_fx.plan import Costs, Partition
@@ -64,7 +65,7 @@ class PartitionGraph:
             epilogue=_names(parts.epilogue),
             dead=_names(node for node in flow.nodes if node not in flow.live and node.op != "placeholder"),
             operands=_names(operands),
-            conditioning=_names(_conditioning(flow, latents, timestep)),
+            conditioning=_names(conditioning_inputs(flow, latents, timestep)),
         )
         ctx.costs = Costs(total_flops(parts.prologue), total_flops(parts.blocks), total_flops(parts.epilogue))
         if (share := ctx.costs.skipped_share) > self.largest_share:
@@ -129,19 +130,6 @@ def _operands(flow: Dataflow, blocks: list[fx.Node], pairs: list[LivePair]) -> l
             detail = "a number that changes between calls enters the blocks, and a cond takes tensors only"
             raise Declined(DeclineReason.VARYING_FLOAT, detail, node.name)
     return flow.sort(roots)
-
-
-def _conditioning(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[fx.Node]:
-    """Inputs that tell prompts apart: text embeddings and the like; without any, whatever else the caller passes."""
-    others = [
-        node
-        for node in flow.nodes
-        if is_user_input(node) and node not in (latents, timestep) and isinstance(fake_value(node), torch.Tensor)
-    ]
-    embeddings = [
-        node for node in others if fake_tensors(node)[0].is_floating_point() and fake_tensors(node)[0].ndim > 1
-    ]
-    return embeddings or others
 
 
 def _check_modes(flow: Dataflow) -> None:

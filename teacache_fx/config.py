@@ -14,6 +14,7 @@ from teacache_fx.coefficients import IDENTITY, polynomial_facts, published, publ
 from teacache_fx.errors import TeaCacheWarning
 
 Accumulation = Literal["abs", "signed"]
+Granularity = Literal["batch", "sample"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class TeaCacheConfig:
         num_final_steps: so many last steps are always computed; needs `num_inference_steps` to be known.
         num_inference_steps: length of a generation in steps, or `None` where it is not known.
         max_consecutive_skips: after so many skips in a row the blocks run; `None` sets no limit.
+        granularity: "batch" decides for the whole batch by its mean distance (vLLM-Omni, TeaCache); "sample" keeps the
+            distance of each sample, runs the blocks when any sample needs them, and lets the others reuse their own
+            residuals all the same, so that no sample's result depends on its neighbours.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -45,6 +49,7 @@ class TeaCacheConfig:
     num_final_steps: int = 0
     num_inference_steps: int | None = None
     max_consecutive_skips: int | None = None
+    granularity: Granularity = "batch"
 
     def __post_init__(self) -> None:
         thresh = _number("rel_l1_thresh", self.rel_l1_thresh)
@@ -60,6 +65,8 @@ class TeaCacheConfig:
             raise TypeError(f"transformer_type must be the name of a transformer class, got {self.transformer_type!r}")
         if self.accumulation not in ("abs", "signed"):
             raise ValueError(f"accumulation must be 'abs' or 'signed', got {self.accumulation!r}")
+        if self.granularity not in ("batch", "sample"):
+            raise ValueError(f"granularity must be 'batch' or 'sample', got {self.granularity!r}")
         for name, least in (("num_warmup_steps", 0), ("num_final_steps", 0)):
             _count(name, getattr(self, name), least)
         for name, least in (("num_inference_steps", 1), ("max_consecutive_skips", 1)):

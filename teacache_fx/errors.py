@@ -19,6 +19,7 @@ class DeclineReason(enum.Enum):
     STALE_OUTPUT = "a skipped step would not follow the latents"
     MUTATION_ACROSS_CUT = "in-place write across the cut"
     MODE_ACROSS_CUT = "context manager inside the graph"
+    NO_SAMPLE_DIMENSION = "samples cannot decide for themselves"
     GRADIENTS_NEEDED = "gradients needed"
     VMAP = "vmap"
     UNKNOWN_STATE_SHAPE = "state shape unknown"
@@ -54,6 +55,7 @@ _REMEDIES = {
     DeclineReason.STALE_OUTPUT: "nothing to cache: run such a model as it is",
     DeclineReason.MUTATION_ACROSS_CUT: "make the named in-place write functional (torch.cat, torch.where, out = x + y)",
     DeclineReason.MODE_ACROSS_CUT: "enter the context manager around the call of the model, not inside its forward",
+    DeclineReason.NO_SAMPLE_DIMENSION: "set granularity='batch', which decides for the whole batch",
     DeclineReason.GRADIENTS_NEEDED: (
         "the cache serves inference: call the model under torch.no_grad() or torch.inference_mode(), "
         "or call model.requires_grad_(False)"

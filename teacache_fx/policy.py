@@ -4,6 +4,19 @@
     acc' = acc + |poly(rel)|
     compute if forced or acc' >= rel_l1_thresh; then acc <- 0, else acc <- acc'
 
+Everything is decided for the whole batch (tensors of shape []) or for each sample (tensors of shape [batch]); the
+formulas are the same.
+
+Note [Trajectory guard]: a residual must never pass from one generation to the next, and nobody has to say when one
+begins. A step begins a new trajectory if
+- the timestep turned back against the direction that it had,
+- the latents jumped: a sampler moves them a little at a time, another seed or another picture is far away. The limit is
+  three times the larger one of the last two moves (second-order samplers alternate between a long and a short one),
+  but at least 0.1 and at most 0.9; two independent noises are 1.41 apart, and ancestral samplers at 20 steps move 0.65,
+- or the conditioning holds other numbers than at the step before.
+A false alarm costs one computed step; a restarted trajectory knows no moves, so that two that take turns on one state
+are told apart at every turn.
+
 The relative distance and its rescaling by a polynomial are those of TeaCache (arXiv 2411.19108, section 3.3); the
 epsilon is vLLM-Omni's. Nothing here looks at a value on the host: every branch is a `torch.where`.
 """
@@ -19,6 +32,8 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-8
+_JUMP = 3.0  # times the usual move of the latents
+_SMALLEST_JUMP, _LARGEST_MOVE = 0.1, 0.9
 
 
 class StepReason(enum.IntEnum):
@@ -26,24 +41,29 @@ class StepReason(enum.IntEnum):
 
     SKIPPED = 0
     FIRST = 1
-    TRAJECTORY_RESTARTED = 2
-    NON_FINITE = 3
-    WARMUP = 4
-    FINAL = 5
-    MAX_CONSECUTIVE_SKIPS = 6
-    THRESHOLD = 7
+    SHAPE_CHANGED = 2  # also a first step: the same context had a state of other shapes before
+    TRAJECTORY_RESTARTED = 3
+    CONDITIONING_CHANGED = 4
+    NON_FINITE = 5
+    WARMUP = 6
+    FINAL = 7
+    MAX_CONSECUTIVE_SKIPS = 8
+    THRESHOLD = 9
 
 
 class PolicyState(NamedTuple):
-    """Scalars that the policy carries from step to step, all of shape [].
+    """What the policy carries from step to step, each of shape [] or [batch].
 
     Attributes:
         accumulated_rel_l1_distance: float32.
         step_index: int64, steps done in this generation.
         consecutive_skips: int64.
-        previous_timestep: float32, mean over the batch.
+        previous_timestep: float32.
         timestep_direction: float32, +1 or -1 once the timestep has moved, 0 before.
-        num_inference_steps: int64, 0 where it is not known.
+        latents_move: float32, relative change of the latents at the last step of this trajectory, 0 if there was none.
+        previous_latents_move: float32, at the step before that.
+        conditioning: int64, hash of the conditioning's contents.
+        num_inference_steps: int64, always of shape []; 0 where it is not known.
     """
 
     accumulated_rel_l1_distance: Tensor
@@ -51,34 +71,56 @@ class PolicyState(NamedTuple):
     consecutive_skips: Tensor
     previous_timestep: Tensor
     timestep_direction: Tensor
+    latents_move: Tensor
+    previous_latents_move: Tensor
+    conditioning: Tensor
     num_inference_steps: Tensor
 
     @staticmethod
-    def initial(num_inference_steps: int = 0, device: torch.device | str = "cpu") -> PolicyState:
-        """The state before the first step."""
+    def initial(
+        num_inference_steps: int = 0, device: torch.device | str = "cpu", shape: tuple[int, ...] = ()
+    ) -> PolicyState:
+        """The state before the first step; `shape` is () or (batch,)."""
 
-        def scalar(value: float, dtype: torch.dtype) -> Tensor:  # a tensor of its own each: tracing tells them apart
-            return torch.full((), value, dtype=dtype, device=device)
+        def zero(dtype: torch.dtype) -> Tensor:  # a tensor of its own each: tracing tells them apart
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         return PolicyState(
-            scalar(0, torch.float32),
-            scalar(0, torch.int64),
-            scalar(0, torch.int64),
-            scalar(0, torch.float32),
-            scalar(0, torch.float32),
-            scalar(num_inference_steps, torch.int64),
+            accumulated_rel_l1_distance=zero(torch.float32),
+            step_index=zero(torch.int64),
+            consecutive_skips=zero(torch.int64),
+            previous_timestep=zero(torch.float32),
+            timestep_direction=zero(torch.float32),
+            latents_move=zero(torch.float32),
+            previous_latents_move=zero(torch.float32),
+            conditioning=zero(torch.int64),
+            num_inference_steps=torch.full((), num_inference_steps, dtype=torch.int64, device=device),
         )
 
 
+class Evidence(NamedTuple):
+    """What tells a step of the same trajectory from the first one of another, of shape [] or [batch].
+
+    Attributes:
+        timestep: float32.
+        latents_move: float32, `relative_move` of the latents since the step before.
+        conditioning: int64, `content_hash` of the conditioning.
+    """
+
+    timestep: Tensor
+    latents_move: Tensor
+    conditioning: Tensor
+
+
 class Decision(NamedTuple):
-    """Outcome of one step, all tensors of shape [].
+    """Outcome of one step, tensors of shape [] or [batch].
 
     Attributes:
         should_compute: bool.
         reason: int64, a `StepReason`.
         rel_l1: float32, NaN on the first step of a trajectory.
         accumulated: float32, the accumulated distance that was compared with the threshold.
-        state: the scalars for the next step.
+        state: what the next step is given.
     """
 
     should_compute: Tensor
@@ -94,7 +136,8 @@ class Policy:
 
     Attributes:
         rel_l1_thresh, num_warmup_steps, num_final_steps, max_consecutive_skips: as in `TeaCacheConfig`.
-        rescale: the increment of the accumulated distance as a function of the relative one, both float32 of shape [].
+        rescale: the increment of the accumulated distance as a function of the relative one, both float32.
+        per_sample: decide for each sample of the batch.
     """
 
     rel_l1_thresh: float
@@ -102,28 +145,29 @@ class Policy:
     num_warmup_steps: int = 0
     num_final_steps: int = 0
     max_consecutive_skips: int | None = None
+    per_sample: bool = False
 
-    def decide(
-        self, modulated_input: Tensor, previous_modulated_input: Tensor, timestep: Tensor, state: PolicyState
-    ) -> Decision:
+    def decide(self, rel_l1: Tensor, evidence: Evidence, state: PolicyState) -> Decision:
         """Decides one step.
 
         Args:
-            modulated_input: floating point, any shape.
-            previous_modulated_input: that of the step before, of the same shape.
-            timestep: any real dtype and shape; its mean orders the steps of a trajectory.
-            state: the scalars after the step before.
+            rel_l1: float32, `relative_l1` of the modulated input to that of the step before.
+            evidence: of the trajectory.
+            state: what the step before has left.
         """
-        time = timestep.to(modulated_input.device, torch.float32).mean()
+        time = evidence.timestep
         moved = (time > state.previous_timestep).float() - (time < state.previous_timestep).float()
         first = state.step_index == 0
-        restarted = ~first & (moved * state.timestep_direction < 0)
-        begins = first | restarted
+        restarted = (moved * state.timestep_direction < 0) | (evidence.latents_move > _limit(state))
+        other_conditioning = evidence.conditioning != state.conditioning
+        begins = first | restarted | other_conditioning
         index = torch.where(begins, 0, state.step_index)
-
-        rel_l1 = relative_l1(modulated_input, previous_modulated_input)
         accumulated = torch.where(begins, 0.0, state.accumulated_rel_l1_distance + self.rescale(rel_l1))
-        reason = self._reason(first, restarted, index, accumulated, time, state)
+
+        reason = self._reason(index, accumulated, time, state)
+        reason = torch.where(other_conditioning, int(StepReason.CONDITIONING_CHANGED), reason)
+        reason = torch.where(restarted, int(StepReason.TRAJECTORY_RESTARTED), reason)
+        reason = torch.where(first, int(StepReason.FIRST), reason)
         should_compute = reason != StepReason.SKIPPED
         direction = torch.where(moved != 0, moved, state.timestep_direction)
         following = PolicyState(
@@ -132,13 +176,15 @@ class Policy:
             consecutive_skips=torch.where(should_compute, 0, state.consecutive_skips + 1),
             previous_timestep=torch.where(torch.isfinite(time), time, state.previous_timestep),
             timestep_direction=torch.where(begins, 0.0, direction),
+            latents_move=torch.where(begins, 0.0, evidence.latents_move),
+            previous_latents_move=torch.where(begins, 0.0, state.latents_move),
+            conditioning=evidence.conditioning.clone(),
             num_inference_steps=state.num_inference_steps,
         )
         return Decision(should_compute, reason, torch.where(begins, float("nan"), rel_l1), accumulated, following)
 
-    def _reason(
-        self, first: Tensor, restarted: Tensor, index: Tensor, accumulated: Tensor, time: Tensor, state: PolicyState
-    ) -> Tensor:
+    def _reason(self, index: Tensor, accumulated: Tensor, time: Tensor, state: PolicyState) -> Tensor:
+        """The reason within a trajectory."""
         # `time` is checked too: a timestep that is not a number compares as "not moved".
         non_finite = ~(torch.isfinite(accumulated) & torch.isfinite(time))
         reason = torch.where(accumulated >= self.rel_l1_thresh, int(StepReason.THRESHOLD), int(StepReason.SKIPPED))
@@ -151,12 +197,28 @@ class Policy:
             reason = torch.where(final, int(StepReason.FINAL), reason)
         if self.num_warmup_steps:
             reason = torch.where(index < self.num_warmup_steps, int(StepReason.WARMUP), reason)
-        reason = torch.where(non_finite, int(StepReason.NON_FINITE), reason)
-        reason = torch.where(restarted, int(StepReason.TRAJECTORY_RESTARTED), reason)
-        return torch.where(first, int(StepReason.FIRST), reason)
+        return torch.where(non_finite, int(StepReason.NON_FINITE), reason)
 
 
-def relative_l1(current: Tensor, previous: Tensor) -> Tensor:
-    """mean|current - previous| / (mean|previous| + 1e-8) in float32, of shape []."""
-    current, previous = current.to(torch.float32), previous.to(torch.float32)
-    return (current - previous).abs().mean() / (previous.abs().mean() + EPSILON)
+def _limit(state: PolicyState) -> Tensor:
+    """The farthest that the latents may move within a trajectory; see Note [Trajectory guard]."""
+    usual = torch.maximum(state.latents_move, state.previous_latents_move)
+    return torch.where(usual > 0, (_JUMP * usual).clamp(_SMALLEST_JUMP, _LARGEST_MOVE), _LARGEST_MOVE)
+
+
+def relative_l1(current: Tensor, previous: Tensor, per_sample: bool = False) -> Tensor:
+    """mean|current - previous| / (mean|previous| + 1e-8) in float32, of shape [], or [batch] over each sample."""
+    current, previous = _rows(current.to(torch.float32), per_sample), _rows(previous.to(torch.float32), per_sample)
+    return (current - previous).abs().mean(-1) / (previous.abs().mean(-1) + EPSILON)
+
+
+def relative_move(current: Tensor, previous: Tensor, per_sample: bool = False) -> Tensor:
+    """Like `relative_l1`, over the elements that changed: channels that only condition (a mask, an image) stay out."""
+    current, previous = _rows(current.to(torch.float32), per_sample), _rows(previous.to(torch.float32), per_sample)
+    difference = (current - previous).abs()
+    moving = torch.where(difference == 0, 0.0, previous.abs())
+    return difference.sum(-1) / (moving.sum(-1) + EPSILON)
+
+
+def _rows(tensor: Tensor, per_sample: bool) -> Tensor:
+    return tensor.flatten(1) if per_sample and tensor.ndim > 1 else tensor.reshape(-1)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from teacache_fx.coefficients import evaluate, horner
 from teacache_fx.config import ResolvedConfig
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.graph import copy_graph_module, fake_value, runs_under_vmap
+from teacache_fx.graph import copy_graph_module, fake_value, runs_under_vmap, take_marks
 from teacache_fx.passes import ANALYSIS, REWRITING, Pass, PassContext
 from teacache_fx.passes.verify import verify
 from teacache_fx.plan import CachePlan
@@ -33,11 +33,14 @@ class RewrittenGraph:
         gm: takes the model's inputs and then the state; returns the model's outputs, the new state and the records.
         plan: the facts that the rewriting was made from.
         signature: layout of the added inputs and outputs.
+        fingerprint: of the captured graph, equal for equal graphs within a process. Two graphs of one model differ where
+            a flag, a number or a precision is built in; they must not share a state.
     """
 
     gm: fx.GraphModule
     plan: CachePlan
     signature: CacheSignature
+    fingerprint: int
 
 
 class Pipeline:
@@ -54,10 +57,10 @@ class Pipeline:
     def __init__(self, gm: fx.GraphModule, observer: Observer | None = None) -> None:
         self._observer = observer
         self.timings: dict[str, float] = {}
-        self.original = gm
-        self.gm = gm
-        self.context = PassContext()
-        self._known = {node.name for node in gm.graph.nodes}
+        self.original, marked = take_marks(gm)
+        self.gm = self.original
+        self.context = PassContext(marked=marked)
+        self._known = {node.name for node in self.gm.graph.nodes}
 
     def analyse(self) -> CachePlan:
         """Finds the plan; edits nothing.
@@ -88,7 +91,8 @@ class Pipeline:
         self.gm.recompile()
         self.timings["generate code"] = time.perf_counter() - started
         assert self.context.signature is not None
-        return RewrittenGraph(self.gm, plan, self.context.signature)
+        fingerprint = _fingerprint(self.original, self.context.signature)
+        return RewrittenGraph(self.gm, plan, self.context.signature, fingerprint)
 
     def _run(self, step: Pass) -> None:
         started = time.perf_counter()
@@ -120,7 +124,13 @@ def policy_of(config: ResolvedConfig) -> Policy:
         settings.num_warmup_steps,
         settings.num_final_steps,
         settings.max_consecutive_skips,
+        settings.granularity == "sample",
     )
+
+
+def _fingerprint(gm: fx.GraphModule, signature: CacheSignature) -> int:
+    nodes = tuple((str(node.target), str(node.args), str(node.kwargs)) for node in gm.graph.nodes)
+    return hash((nodes, tuple(tensor.dtype for tensor in signature.tensors)))
 
 
 def _check_capture(gm: fx.GraphModule) -> None:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from teacache_fx.config import TeaCacheConfig
-from teacache_fx.contexts import context_name
 from teacache_fx.graph import fake_value, is_user_input
+from teacache_fx.policy import PolicyState
 from teacache_fx.rewrite import RewrittenGraph
-from teacache_fx.state import StateStore
+from teacache_fx.signature import CacheSignature
+from teacache_fx.state import Memory
+from teacache_fx.store import StateStore
 
 
 class CachedGraph:
@@ -31,8 +33,8 @@ class CachedGraph:
         self._compiled, self._store = compiled, store
         self._num_inference_steps = config.num_inference_steps or 0
         self._num_outputs = rewritten.signature.num_outputs
-        self._state_shapes = StateShapes(placeholders, rewritten.signature.tensors)
-        self._layout = len(rewritten.signature.tensors)
+        self._state_shapes = StateShapes(placeholders, rewritten.signature)
+        self._graph = rewritten.fingerprint
         self._conditioning = [i for i, node in enumerate(placeholders) if node.name in conditioning]
         tensors = [i for i, node in enumerate(placeholders) if isinstance(fake_value(node), Tensor)]
         self._user_inputs = [i for i in tensors if is_user_input(placeholders[i])]
@@ -40,20 +42,24 @@ class CachedGraph:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Runs one denoising step."""
-        weights = [args[i] for i in self._weights]
-        name = context_name(weights)
-        shapes = tuple((args[i].shape, args[i].dtype, args[i].device) for i in self._user_inputs)
-        state = self._store.select(name, [args[i] for i in self._conditioning], (self._layout, shapes), weights)
-        inputs = state.inputs(lambda: self._state_shapes.allocate(args), self._num_inference_steps)
-        outputs: Sequence[Any] = self._compiled(*args, *inputs)
-        state.advance(outputs[self._num_outputs :])
+        model = self._store.model([args[i] for i in self._weights])
+        call = model.context
+        inputs = [args[i] for i in self._user_inputs]
+        shapes = (self._graph, tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]))
+        state = self._store.select(model, call, [args[i] for i in self._conditioning], shapes)
+        length = call.num_inference_steps or self._num_inference_steps
+        remembered = state.inputs(lambda: self._state_shapes.allocate(args), length)
+        outputs: Sequence[Any] = self._compiled(*args, *remembered)
+        state.advance(remembered, outputs[self._num_outputs :])
         return outputs[: self._num_outputs]
 
 
 class StateShapes:
     """Allocates state tensors; sizes that are symbolic are worked out from the arguments of a call."""
 
-    def __init__(self, placeholders: Sequence[fx.Node], fakes: Sequence[Tensor]) -> None:
+    def __init__(self, placeholders: Sequence[fx.Node], signature: CacheSignature) -> None:
+        self._num_tensors = len(signature.tensors)
+        fakes = (*signature.tensors, *signature.scalars)
         self._fakes = [(tuple(fake.shape), fake.dtype, fake.device) for fake in fakes]
         self._symbols: dict[Any, tuple[int, int | None]] = {}  # symbol -> argument and its dimension
         for position, node in enumerate(placeholders):
@@ -68,12 +74,13 @@ class StateShapes:
         if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
             self._symbols.setdefault(size.node.expr, (position, dimension))
 
-    def allocate(self, args: Sequence[Any]) -> list[Tensor]:
+    def allocate(self, args: Sequence[Any]) -> Memory:
         """Zeros for each state tensor of a call with these arguments."""
-        return [
+        zeros = [
             torch.zeros([self._size(size, args) for size in shape], dtype=dtype, device=device)
             for shape, dtype, device in self._fakes
         ]
+        return Memory(tuple(zeros[: self._num_tensors]), PolicyState(*zeros[self._num_tensors :]))
 
     def _size(self, size: Any, args: Sequence[Any]) -> int:
         if not isinstance(size, torch.SymInt):

@@ -1,21 +1,34 @@
-"""What TeaCache remembers between the steps of a generation, and where it is kept."""
+"""What TeaCache remembers of one context between the steps of a generation."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from teacache_fx.contexts import Identity
-from teacache_fx.policy import PolicyState
+from teacache_fx.policy import PolicyState, StepReason
 from teacache_fx.signature import RECORDED
-
-MAX_CONTEXTS = 16
-"""States that a store keeps; the least recently used one goes first."""
 
 MAX_RECORDS = 4096
 """Steps that the statistics of one context go back."""
+
+_NUM_SCALARS = len(PolicyState._fields)
+
+
+class Memory(NamedTuple):
+    """What one step leaves to the next. It is replaced as a whole, so that threads never see half of a step.
+
+    Attributes:
+        tensors: previous_modulated_input, each previous_residual, previous_latents.
+        policy: what the policy carries.
+    """
+
+    tensors: tuple[Tensor, ...]
+    policy: PolicyState
 
 
 class TeaCacheState:
@@ -23,82 +36,99 @@ class TeaCacheState:
 
     Attributes:
         label: the context's name, or a number where the caller gave none.
-        identity: the tensors that it belongs to.
-        tensors: previous_modulated_input and each previous_residual; empty before the first step.
-        scalars: what the policy carries from step to step.
+        identity: the conditioning that it belongs to.
+        memory: `None` before the first step of a generation.
         records: per step the tensors of `RECORDED`, read from the device only when statistics are asked for.
+        first_reason: why its first step is computed.
+        steps_since_reset: calls in this generation, as far as the host knows.
     """
 
-    def __init__(self, label: str, identity: Identity | None = None) -> None:
+    def __init__(
+        self, label: str = "", identity: Identity | None = None, first_reason: StepReason = StepReason.FIRST
+    ) -> None:
         self.label = label
         self.identity = identity or Identity(())
-        self.tensors: list[Tensor] = []
-        self.scalars: list[Tensor] = []
+        self.memory: Memory | None = None
         self.records: deque[Sequence[Tensor]] = deque(maxlen=MAX_RECORDS)
+        self.first_reason = first_reason
+        self.steps_since_reset = 0
+        self._num_inference_steps = 0
 
     def reset(self) -> None:
         """Forgets the generation and frees its tensors; the records stay."""
-        self.tensors, self.scalars = [], []
+        self.memory = None
+        self.steps_since_reset = 0
 
-    def inputs(self, allocate: Callable[[], list[Tensor]], num_inference_steps: int) -> list[Tensor]:
-        """The state as inputs of the rewritten graph, allocated if this is the first step."""
-        if not self.tensors:
-            self.tensors = allocate()
-            self.scalars = list(PolicyState.initial(num_inference_steps, self.tensors[0].device))
-        return [*self.tensors, *self.scalars]
-
-    def advance(self, outputs: Sequence[Tensor]) -> None:
-        """Takes over the new state and the record that a step has returned."""
-        count = len(self.tensors)
-        self.tensors = list(outputs[:count])
-        self.scalars = [*outputs[count : -len(RECORDED)], self.scalars[-1]]
-        self.records.append(outputs[-len(RECORDED) :])
-
-
-class StateStore:
-    """All states of the models of one class under one config. Compiled graphs come and go, the store stays."""
-
-    def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
-        self._states: OrderedDict[Hashable, TeaCacheState] = OrderedDict()
-        self._max_contexts = max_contexts
-        self._num_unnamed = 0
-
-    @property
-    def states(self) -> list[TeaCacheState]:
-        """The states kept, least recently used first."""
-        return list(self._states.values())
-
-    def select(
-        self, name: str | None, conditioning: Sequence[Tensor], shapes: Hashable, weights: Sequence[Tensor] = ()
-    ) -> TeaCacheState:
-        """The state for a call: of the named context, else of these very conditioning tensors; a new one if unknown.
+    def inputs(self, allocate: Callable[[], Memory], num_inference_steps: int) -> list[Tensor]:
+        """The state as inputs of the rewritten graph, allocated if this is the first step.
 
         Args:
-            name: set by the caller with `cache_context`, or `None`.
-            conditioning: text embeddings and the like.
-            shapes: shapes, dtypes and devices of all inputs of the call, and how many tensors its state has.
-            weights: the model's tensors. Dynamo runs one compiled graph for all models of the same structure, so only
-                they tell which model is being called.
+            allocate: makes a state of zeros.
+            num_inference_steps: length of the generation, 0 where it is not known.
         """
-        anchors = [*weights[:1], *(conditioning if name is None else [])]
-        key = (name, tuple(map(id, weights)), tuple(map(id, anchors)), shapes)
-        state = self._states.get(key)
-        if state is None or not state.identity.matches(anchors):
-            state = self._states[key] = self._new(name, anchors)
-        self._states.move_to_end(key)
-        return state
+        memory = self.memory
+        if memory is None or num_inference_steps != self._num_inference_steps:
+            memory = allocate() if memory is None else memory
+            # On the device already, and without waiting for it: a scalar's value travels with the launch.
+            length = torch.full_like(memory.policy.num_inference_steps, num_inference_steps)
+            memory = self.memory = Memory(memory.tensors, memory.policy._replace(num_inference_steps=length))
+            self._num_inference_steps = num_inference_steps
+        return [*memory.tensors, *memory.policy]
 
-    def _new(self, name: str | None, anchors: Sequence[Tensor]) -> TeaCacheState:
-        state = TeaCacheState(name or f"context {self._num_unnamed}", Identity(anchors))
-        self._num_unnamed += name is None
-        for other in self._states.values():
-            if not other.identity.is_alive:
-                other.reset()  # nobody can call for it again; its statistics stay until it is dropped
-        if len(self._states) >= self._max_contexts:
-            self._states.popitem(last=False)
-        return state
+    def advance(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Takes over the new state and the record that a step has returned.
 
-    def reset(self) -> None:
-        """Makes every context start anew; the statistics stay."""
-        for state in self._states.values():
-            state.reset()
+        Args:
+            inputs: the state that the step was given.
+            outputs: all that the rewriting has added to the graph's outputs.
+        """
+        count = len(inputs) - _NUM_SCALARS
+        scalars = PolicyState(*outputs[count : -len(RECORDED)], inputs[-1])
+        self.memory = Memory(tuple(outputs[:count]), scalars)
+        self.steps_since_reset += 1
+        self.records.append(outputs[-len(RECORDED) :])
+
+    @property
+    def previous_modulated_input(self) -> Tensor | None:
+        """The indicator at the last step, `None` before the first."""
+        return self.memory.tensors[0] if self.memory else None
+
+    @property
+    def previous_residuals(self) -> tuple[Tensor, ...]:
+        """Stack output minus stack input at the last computed step, one per live output; empty before the first."""
+        return self.memory.tensors[1:-1] if self.memory else ()
+
+    @property
+    def previous_residual(self) -> Tensor | None:
+        """The first of `previous_residuals`."""
+        return self.previous_residuals[0] if self.memory else None
+
+    @property
+    def previous_latents(self) -> Tensor | None:
+        """The latents at the last step, `None` before the first."""
+        return self.memory.tensors[-1] if self.memory else None
+
+    @property
+    def policy(self) -> PolicyState:
+        """What the policy carries: accumulated_rel_l1_distance, step_index, consecutive_skips and so on, as tensors."""
+        return self.memory.policy if self.memory else PolicyState.initial(self._num_inference_steps)
+
+    @property
+    def accumulated_rel_l1_distance(self) -> Tensor:
+        """float32, of shape [] or [batch]; likewise the next three."""
+        return self.policy.accumulated_rel_l1_distance
+
+    @property
+    def step_index(self) -> Tensor:
+        """int64, steps done in this generation."""
+        return self.policy.step_index
+
+    @property
+    def consecutive_skips(self) -> Tensor:
+        """int64."""
+        return self.policy.consecutive_skips
+
+    @property
+    def previous_timestep(self) -> Tensor:
+        """float32."""
+        return self.policy.previous_timestep

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from teacache_fx.policy import StepReason
 from teacache_fx.state import TeaCacheState
 
-_BEGINNINGS = (StepReason.FIRST, StepReason.TRAJECTORY_RESTARTED)
+_BEGINNINGS = (
+    StepReason.FIRST, StepReason.SHAPE_CHANGED, StepReason.TRAJECTORY_RESTARTED, StepReason.CONDITIONING_CHANGED
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""Compiles captured graphs with TeaCache in them, and keeps the states of their contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NoReturn
+
+from torch import fx, nn
+
+from teacache_fx.compilers import check_inner, compile_with, inductor_options, is_inductor_option
+from teacache_fx.config import TeaCacheConfig
+from teacache_fx.contexts import current_context, original
+from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
+from teacache_fx.flops import is_matmul
+from teacache_fx.graph import compiled_root, state_examples
+from teacache_fx.report import RewriteReport
+from teacache_fx.rewrite import Pipeline
+from teacache_fx.runtime import CachedGraph
+from teacache_fx.store import MAX_CONTEXTS, StateStore
+from teacache_fx.stats import CacheStats, collect
+
+log = logging.getLogger(__name__)
+_ON_DECLINE = ("warn", "raise", "ignore")
+
+
+class GraphBackend:
+    """What `TeaCacheBackend` is to torch.compile: compiles captured graphs and keeps the states of their contexts.
+
+    Args:
+        config, inner, on_decline, max_contexts, config_fields: as for `TeaCacheBackend`.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+
+    def __init__(
+        self,
+        config: TeaCacheConfig | None = None,
+        *,
+        inner: str = "inductor",
+        on_decline: str = "warn",
+        max_contexts: int = MAX_CONTEXTS,
+        **config_fields: Any,
+    ) -> None:
+        if config is not None and not isinstance(config, TeaCacheConfig):
+            raise TypeError(f"config must be a TeaCacheConfig, got {config!r}; or pass its fields as keywords")
+        if unknown := sorted(set(config_fields) - set(TeaCacheConfig.field_names())):
+            valid = ", ".join([*TeaCacheConfig.field_names(), "inner", "on_decline", "max_contexts"])
+            raise TypeError(f"unknown option {unknown[0]!r}; valid are {valid}")
+        self.config = dataclasses.replace(config, **config_fields) if config else TeaCacheConfig(**config_fields)
+        self.inner = check_inner(inner)
+        self.on_decline = _check_on_decline(on_decline)
+        self.max_contexts = _check_max_contexts(max_contexts)
+        self.reports: list[RewriteReport] = []
+        self._stores: dict[tuple[str, TeaCacheConfig], StateStore] = {}
+        self._warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.__name__ = "teacache"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        options: dict[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        """Compiles one captured graph; called by dynamo, with `options=` or `mode=` of torch.compile.
+
+        torch.compile takes one of the two; to give both, put the mode among the options: `options={"mode": ...}`.
+
+        The user's errors (an unknown option, `Declined` under `on_decline="raise"`) are raised when the model is
+        called, as they are: whatever a backend itself raises, dynamo would wrap.
+        """
+        root = compiled_root()
+        class_name = type(root).__name__ if root is not None else "function"
+        pipeline = Pipeline(gm)
+        try:
+            settings = self._settings(options or {}, mode)
+            _check_model(root)
+            pipeline.analyse()
+            resolved = settings.config.resolve(class_name)
+            rewritten = pipeline.rewrite(resolved)
+        except Declined as declined:
+            self.reports.append(RewriteReport(class_name, len(gm.graph.nodes), declined=declined))
+            if settings.on_decline == "raise":
+                return _raiser(declined)
+            self._tell(root, class_name, gm, declined, settings)
+            return compile_with(settings.inner, gm, example_inputs, settings.inductor)
+        except (TypeError, ValueError) as error:
+            return _raiser(error)
+        started = time.perf_counter()
+        inputs = [*example_inputs, *state_examples(rewritten.gm, len(example_inputs))]
+        compiled = compile_with(settings.inner, rewritten.gm, inputs, settings.inductor)
+        timings = {**pipeline.timings, "inner compiler": time.perf_counter() - started}
+        report = RewriteReport(class_name, len(gm.graph.nodes), rewritten.plan, config=resolved, timings=timings)
+        self.reports.append(report)
+        log.info("%s", report)
+        store = self._stores.setdefault((class_name, settings.config), StateStore(self.max_contexts))
+        if hasattr(root, "_reset_stateful_cache"):  # a diffusers transformer that has cache_context
+            from teacache_fx.listener import listen
+
+            listen(root, self)
+        return CachedGraph(compiled, rewritten, store, settings.config)
+
+    def stats(self) -> CacheStats:
+        """What happened at each step so far, per model and context. Reads the records from the device."""
+        contexts = []
+        for (class_name, _), store in self._stores.items():
+            contexts += collect(class_name, store.recorded)
+        return CacheStats(tuple(contexts))
+
+    def reset_state(self, model: nn.Module | None = None) -> None:
+        """Makes the next step the first of a generation. The statistics stay.
+
+        Args:
+            model: only for calls of this module, and within a `session` only for those of its request; `None` for all.
+        """
+        for store in list(self._stores.values()):
+            request_id = current_context(original(model)).request_id if model is not None else None
+            store.reset(None if model is None else original(model), request_id)
+
+    def end_session(self, request_id: Hashable) -> int:
+        """Frees the states of a request that is done or was given up, and returns how many there were."""
+        return sum(store.end_session(request_id) for store in list(self._stores.values()))
+
+    def reset(self) -> None:
+        """Forgets reports, states and statistics; `torch._dynamo.reset()` calls it as it drops the compiled graphs."""
+        self.reports.clear()
+        for store in self._stores.values():
+            store.reset()
+        self._stores.clear()
+        self._warned.clear()
+
+    def _settings(self, options: dict[str, Any], mode: str | None) -> _Settings:
+        own = {key: value for key, value in options.items() if key in _own_options()}
+        other = {key: value for key, value in options.items() if key not in own}
+        if unknown := [key for key in other if not is_inductor_option(key)]:
+            raise ValueError(
+                f"unknown option {unknown[0]!r}; TeaCache's are {', '.join(_own_options())}; "
+                "inductor's are listed by torch._inductor.list_options()"
+            )
+        inner = check_inner(own.pop("inner", self.inner))
+        on_decline = _check_on_decline(own.pop("on_decline", self.on_decline))
+        mode = own.pop("mode", mode)
+        config = dataclasses.replace(self.config, **own) if own else self.config
+        return _Settings(config, inner, on_decline, inductor_options(inner, mode, other))
+
+    def _tell(
+        self, root: nn.Module | None, class_name: str, gm: fx.GraphModule, declined: Declined, settings: _Settings
+    ) -> None:
+        log.info("%s declined: %s", class_name, declined)
+        is_fragment = not any(map(is_matmul, gm.graph.nodes))  # what a graph break leaves has nothing to cache
+        if settings.on_decline == "warn" and not is_fragment and root not in self._warned:
+            if root is not None:
+                self._warned.add(root)
+            warnings.warn(f"{class_name} runs without TeaCache: {declined}", TeaCacheWarning, stacklevel=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """A backend's settings with the options of one torch.compile call applied."""
+
+    config: TeaCacheConfig
+    inner: str
+    on_decline: str
+    inductor: dict[str, Any]
+
+
+def _own_options() -> list[str]:
+    return [*TeaCacheConfig.field_names(), "inner", "on_decline", "mode"]
+
+
+def _check_on_decline(value: object) -> str:
+    if value not in _ON_DECLINE:
+        raise ValueError(f"on_decline must be one of {', '.join(_ON_DECLINE)}, got {value!r}")
+    return str(value)
+
+
+def _check_max_contexts(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"max_contexts must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"max_contexts must be at least 1, got {value}")
+    return value
+
+
+def _check_model(root: nn.Module | None) -> None:
+    if root is not None and not any(True for _ in root.parameters()):
+        raise Declined(DeclineReason.NOT_A_MODEL, f"{type(root).__name__} has no parameters")
+
+
+def _raiser(error: Exception) -> Callable[..., NoReturn]:
+    def raise_error(*_: Any) -> NoReturn:
+        raise error
+
+    return raise_error

@@ -1,0 +1,144 @@
+"""TeaCache as a diffusers hook around the forward of one transformer. Needs diffusers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry
+from torch import Tensor, nn
+
+from teacache_fx.coefficients import evaluate, horner
+from teacache_fx.config import TeaCacheConfig
+from teacache_fx.contexts import announce, original
+from teacache_fx.extractors import extracted_forward, extractor_of, validated
+from teacache_fx.graph_backend import GraphBackend
+from teacache_fx.listener import ListeningHook
+
+HOOK_NAME = "teacache"
+
+
+class TeaCacheHook(ListeningHook):
+    """Replaces a transformer's forward by the rewritten, compiled one.
+
+    It stands in the transformer's `HookRegistry`, so diffusers' `cache_context` and the reset at the end of a pipeline
+    call reach it, and `HookRegistry.remove_hook("teacache")` takes it away again.
+
+    Attributes:
+        config: the settings.
+        state_manager: hears the names of the guidance branches.
+        extractor_fn: the extractor registered for the model's class; `None` where the matcher finds the blocks itself.
+        backend: compiles, and keeps states, reports and statistics.
+
+    Args:
+        config: the settings, or a backend to share with other transformers; `None` for the defaults.
+    """
+
+    def __init__(self, config: TeaCacheConfig | GraphBackend | None = None) -> None:
+        super().__init__()
+        self.backend = config if isinstance(config, GraphBackend) else GraphBackend(config)
+        self.backends.add(self.backend)
+        self.config = self.backend.config
+        self.extractor_fn: Callable[..., Any] | None = None
+        self._compiled: Callable[..., Any] | None = None
+
+    def rescale_func(self, rel_l1: Tensor) -> Tensor:
+        """The polynomial by which the relative L1 distance is rescaled; a tensor or a number of any shape."""
+        coefficients = self.config.resolve(self.config.transformer_type or self._class_name).coefficients
+        return torch.as_tensor(evaluate(horner(coefficients), torch.as_tensor(rel_l1)))
+
+    _class_name = ""
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Called by the registry: learns the model's class and its extractor. Nothing is compiled yet."""
+        self._class_name = type(module).__name__
+        self.extractor_fn = extractor_of(module)
+        announce(module, self.state_manager)
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Runs one denoising step; the first call compiles.
+
+        Args:
+            module: the transformer.
+            *args: what its forward takes.
+            **kwargs: likewise.
+
+        Returns:
+            what its forward returns.
+        """
+        if self._compiled is None:
+            self._compiled = self._compile(module, args, kwargs)
+        return self._compiled(*args, **kwargs)
+
+    def _compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        forward = self.fn_ref.original_forward
+        if self.extractor_fn is not None:
+            validated(self.extractor_fn, module, *args, **kwargs)
+            forward = extracted_forward(self.extractor_fn).__get__(module)
+        compiled: Callable[..., Any] = torch.compile(forward, backend=self.backend)
+        return compiled
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:  # the method's name in diffusers
+        """Called by the registry on removal: forgets the states of the module."""
+        self.backend.reset_state(module)
+        return module
+
+
+def apply_teacache_hook(module: nn.Module, config: TeaCacheConfig | GraphBackend | None = None) -> None:
+    """Makes a transformer run with TeaCache, in place; a pipeline that it belongs to needs no change.
+
+    Args:
+        module: the transformer.
+        config: the settings, or a backend to share with other transformers; `None` for the defaults.
+
+    Raises:
+        TypeError: `module` is no module, or `config` is neither.
+        ValueError: TeaCache is applied already, or the module is compiled already.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {module!r}")
+    if original(module) is not module or module._compiled_call_impl is not None:
+        raise ValueError(
+            f"module is a compiled {type(original(module)).__name__}; the hook compiles by itself: apply it to the model "
+            "as it was, or keep the compiled one with torch.compile(model, backend=TeaCacheBackend(...))"
+        )
+    if hook_of(module) is not None:
+        raise ValueError(
+            f"TeaCache is applied to this {type(module).__name__} already; remove_teacache_hook(module) removes it"
+        )
+    with _beneath_offloading(module):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(TeaCacheHook(config), HOOK_NAME)
+
+
+def remove_teacache_hook(module: nn.Module) -> None:
+    """Gives a transformer its own forward back. Without the hook nothing happens."""
+    if hook_of(module) is not None:
+        with _beneath_offloading(module):
+            module._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
+
+
+def hook_of(module: nn.Module) -> TeaCacheHook | None:
+    """The TeaCache hook of a module, if it has one."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = registry.get_hook(HOOK_NAME) if registry is not None else None
+    return hook if isinstance(hook, TeaCacheHook) else None
+
+
+@contextlib.contextmanager
+def _beneath_offloading(module: nn.Module) -> Iterator[None]:
+    """Works on the forward beneath accelerate's wrapper, which moves the weights.
+
+    accelerate keeps the forward that it has wrapped in `_old_forward`, and puts it back when a pipeline takes its
+    wrappers off and on again after each call; a hook above the wrapper would be lost there.
+    """
+    if not hasattr(module, "_hf_hook"):
+        yield
+        return
+    wrapper, module.forward = module.forward, module._old_forward
+    try:
+        yield
+    finally:
+        module._old_forward, module.forward = module.forward, wrapper

@@ -1,0 +1,183 @@
+"""Keeps the states of all models of one class under one config, and finds the one that a call belongs to."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from teacache_fx.contexts import CallContext, CalledModel, Identity
+from teacache_fx.policy import StepReason
+from teacache_fx.state import TeaCacheState
+
+MAX_CONTEXTS = 16
+"""States that a store keeps by default; the least recently used one goes first."""
+
+_MAX_MODELS = 64
+_MAX_PAST = 256  # dropped states of which the statistics are kept
+
+
+class _Scope(NamedTuple):
+    """All of a state's key but the conditioning."""
+
+    model: CalledModel
+    request_id: Hashable
+    name: str | None
+    shapes: Hashable
+
+
+_Key = tuple[_Scope, tuple[int, ...]]
+
+
+class StateStore:
+    """All states of the models of one class under one config. Compiled graphs come and go, the store stays.
+
+    Note [Which state?]: the key is the model (all its weights), the request, the branch's name, the shapes and the
+    graph, and the identity of the conditioning. Where a branch has a name and its conditioning was made anew, its state
+    is taken over; the hash of the contents, in the graph, tells whether the numbers are the same. Without a name new
+    conditioning is a new context: between two branches that make their conditioning anew nothing could choose.
+
+    Args:
+        max_contexts: states kept; the least recently used one goes first.
+    """
+
+    def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
+        self._states: OrderedDict[_Key, TeaCacheState] = OrderedDict()
+        self._models: OrderedDict[tuple[int, ...], CalledModel] = OrderedDict()
+        self._past: deque[TeaCacheState] = deque(maxlen=_MAX_PAST)
+        self._max_contexts = max_contexts
+        self._num_unnamed = 0
+        self._lock = threading.Lock()
+
+    @property
+    def states(self) -> list[TeaCacheState]:
+        """The states kept, least recently used first."""
+        return list(self._states.values())
+
+    @property
+    def recorded(self) -> Iterator[TeaCacheState]:
+        """Every state that has statistics, those dropped from the store first."""
+        yield from list(self._past)
+        yield from self.states
+
+    def model(self, weights: Sequence[Tensor]) -> CalledModel:
+        """The model that these tensors, in this order, are the weights of."""
+        key = tuple(map(id, weights))
+        model = self._models.get(key)
+        if model is None or not model.matches(weights):
+            with self._lock:
+                for state in () if model is None else model.states:
+                    state.reset()  # its weights have changed: nobody can call for it again
+                model = self._models[key] = CalledModel(weights)
+                if len(self._models) > _MAX_MODELS:
+                    self._models.popitem(last=False)
+        return model
+
+    def select(
+        self, model: CalledModel, call: CallContext, conditioning: Sequence[Tensor], shapes: Hashable
+    ) -> TeaCacheState:
+        """The state for a call; a new one if there is none yet. See Note [Which state?].
+
+        Args:
+            model: the one called.
+            call: what the caller has said.
+            conditioning: text embeddings and the like.
+            shapes: shapes, dtypes and devices of all inputs of the call, and the graph that takes them.
+        """
+        scope = _Scope(model, call.request_id, call.name, shapes)
+        key = (scope, tuple(map(id, conditioning)))
+        with self._lock:
+            state = self._states.get(key)
+            if state is None or not state.identity.matches(conditioning):
+                state = self._adopt(key, conditioning) or self._new(key, conditioning)
+            self._states.move_to_end(key)
+            return state
+
+    def _adopt(self, key: _Key, conditioning: Sequence[Tensor]) -> TeaCacheState | None:
+        """Hands on the state of a named branch whose conditioning was made anew, or whose name was not known yet."""
+        scope, identities = key
+        if scope.name is None:
+            return None
+        earlier = (scope._replace(name=None), identities)
+        found: _Key | None = earlier if self._is_known(earlier, conditioning) else None
+        for other in reversed(self._states):
+            if found is None and other[0] == scope:
+                outlived = other == key or not self._states[other].identity.is_alive
+                found = other if outlived else None
+        if found is None:
+            return None
+        state = self._states[key] = self._states.pop(found)
+        state.label, state.identity = _label(scope), Identity(conditioning)
+        return state
+
+    def _is_known(self, key: _Key, conditioning: Sequence[Tensor]) -> bool:
+        return key in self._states and self._states[key].identity.matches(conditioning)
+
+    def _new(self, key: _Key, conditioning: Sequence[Tensor]) -> TeaCacheState:
+        scope = key[0]
+        label = _label(scope) or f"context {self._num_unnamed}"
+        self._num_unnamed += scope.name is None
+        reason = StepReason.SHAPE_CHANGED if self._has_other_shapes(key, conditioning) else StepReason.FIRST
+        if key in self._states:
+            self._drop(key)
+        for other, state in list(self._states.items()):
+            if other[0].name is None and not state.identity.is_alive:
+                self._drop(other)  # nobody can call for it again
+        state = TeaCacheState(label, first_reason=reason)
+        # Without a name the state dies with its conditioning, and its memory is free at once.
+        state.identity = Identity(conditioning, state.reset if scope.name is None else None)
+        scope.model.states.add(state)
+        if len(self._states) >= self._max_contexts:
+            self._drop(next(iter(self._states)))
+        self._states[key] = state
+        return state
+
+    def _has_other_shapes(self, key: _Key, conditioning: Sequence[Tensor]) -> bool:
+        scope, identities = key
+        return any(
+            other._replace(shapes=scope.shapes) == scope and other.shapes != scope.shapes
+            for other, others in self._states
+            if scope.name is not None or others == identities
+        )
+
+    def _drop(self, key: _Key) -> None:
+        state = self._states.pop(key)
+        state.reset()
+        if state.records:
+            self._past.append(state)
+
+    def reset(self, model: nn.Module | None = None, request_id: Hashable = None) -> list[TeaCacheState]:
+        """Makes contexts start anew; the statistics stay.
+
+        Args:
+            model: only those of this module; `None` for all.
+            request_id: with `model`: only those of this request, or of none.
+
+        Returns:
+            the states that were reset, before their generations are forgotten by the caller.
+        """
+        with self._lock:
+            chosen = [
+                state
+                for (scope, _), state in self._states.items()
+                if model is None or (scope.request_id == request_id and scope.model.is_owned_by(model))
+            ]
+        for state in chosen:
+            state.reset()
+        return chosen
+
+    def end_session(self, request_id: Hashable) -> int:
+        """Drops the states of a request and says how many there were."""
+        with self._lock:
+            ended = [key for key in self._states if key[0].request_id == request_id]
+            for key in ended:
+                self._drop(key)
+        return len(ended)
+
+
+def _label(scope: _Scope) -> str:
+    request = "" if scope.request_id is None else f"request {scope.request_id}"
+    return " ".join(part for part in (request, scope.name or "") if part)
