@@ -101,14 +101,14 @@ def _until_matmul(node: fx.Node, flow: Dataflow) -> Iterator[fx.Node]:
         todo += flow.successors[current]
 
 
-def conditioning_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[fx.Node]:
-    """Inputs that tell prompts apart: text embeddings and the like; without any, whatever else the caller passes.
+def steady_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[fx.Node]:
+    """Inputs that stay the same throughout a generation: text embeddings, masks, positions, a guidance scale.
 
     Left out is what changes with every step: the latents (of a second modality too: inputs of the shape of a further
     output), timesteps, and the residuals of a ControlNet.
     """
     changing = {latents, timestep, *_further_latents(flow, latents)}
-    others = [
+    return [
         node
         for node in flow.nodes
         if is_user_input(node)
@@ -117,8 +117,11 @@ def conditioning_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> 
         and not time_word_score(node)
         and "controlnet" not in node.name
     ]
-    embeddings = [node for node in others if _is_embedding(fake_tensors(node)[0])]
-    return embeddings or others
+
+
+def conditioning_inputs(steady: list[fx.Node]) -> list[fx.Node]:
+    """Inputs of which the identity tells prompts apart: text embeddings and the like; without any, all steady ones."""
+    return [node for node in steady if _is_embedding(fake_tensors(node)[0])] or steady
 
 
 def _is_embedding(value: torch.Tensor) -> bool:

@@ -52,7 +52,7 @@ class InsertCond:
         bases = [nodes[live.base] for live in plan.stack.live_outputs]
         indicator, latents = nodes[plan.modulation.modulated_input], nodes[plan.stack.latents]
         inputs = _PolicyInputs(
-            indicator, nodes[plan.modulation.timestep], latents, [nodes[name] for name in plan.partition.conditioning]
+            indicator, nodes[plan.modulation.timestep], latents, [nodes[name] for name in plan.partition.steady]
         )
         behind = [*(nodes[name] for name in plan.partition.epilogue), output]
         with fake_mode_of(graph), torch.autocast(tensor_of(indicator).device.type, enabled=False):
@@ -114,7 +114,7 @@ class _PolicyInputs:
     indicator: fx.Node
     timestep: fx.Node
     latents: fx.Node
-    conditioning: list[fx.Node]
+    steady: list[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,17 @@ def _insert_policy(graph: fx.Graph, policy: Policy, inputs: _PolicyInputs, state
     """Traces the policy on the arguments' fake values and inlines what it did."""
 
     def decide(
-        indicator: Tensor, timestep: Tensor, latents: Tensor, conditioning: list[Tensor], state: list[Tensor]
+        indicator: Tensor, timestep: Tensor, latents: Tensor, steady: list[Tensor], state: list[Tensor]
     ) -> list[Tensor]:
         rel_l1 = relative_l1(indicator, state[0], policy.per_sample)
         previous_latents = state[-_NUM_SCALARS - 1]
-        evidence = gather_evidence(timestep, latents, previous_latents, conditioning, policy.per_sample)
+        evidence = gather_evidence(timestep, latents, previous_latents, steady, policy.per_sample)
         decision = policy.decide(rel_l1, evidence, PolicyState(*state[-_NUM_SCALARS:]))
         recorded = [getattr(decision, name) for name in RECORDED]
         needy = decision.should_compute
         return [needy.any() if policy.per_sample else needy, needy, *decision.state[:-1], *recorded]
 
-    arguments = (inputs.indicator, inputs.timestep, inputs.latents, inputs.conditioning, state)
+    arguments = (inputs.indicator, inputs.timestep, inputs.latents, inputs.steady, state)
     traced = make_fx(decide)(*fx.node.map_arg(arguments, fake_value))
     copies: dict[fx.Node, fx.Node] = {}
     leaves = iter(torch.utils._pytree.tree_leaves(arguments))

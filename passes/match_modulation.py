@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from teacache_fx.dataflow import Dataflow, view_source
+from teacache_fx.dataflow import view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import is_matmul
 from teacache_fx.graph import (
-    argument_name,
     block_of,
     fake_tensors,
     fake_value,
     is_join,
-    is_user_input,
-    op_name,
     same_shape,
     tensor_of,
 )
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.input_roles import find_timestep
 from teacache_fx.passes.modulation_patterns import name_pattern
-from teacache_fx.plan import BlockStack, Modulation
+from teacache_fx.plan import Modulation
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from teacache_fx.flops import total_flops
 from teacache_fx.graph import fake_tensors, fake_value, op_name, storages
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.follow_latents import check_follows_latents
-from teacache_fx.passes.input_roles import conditioning_inputs
+from teacache_fx.passes.input_roles import conditioning_inputs, steady_inputs
 from teacache_fx.passes.memory_order import Parts, check_memory_order
 from teacache_fx.passes.pair_live_outputs import LivePair
 from teacache_fx.plan import Costs, Partition
@@ -53,19 +53,22 @@ class PartitionGraph:
         timestep = by_name[ctx.modulation.timestep]
         pairs = [LivePair(by_name[live.value], by_name[live.base]) for live in ctx.stack.live_outputs]
         region = {by_name[name] for name in ctx.stack.region}
-        parts = _split(gm, flow, pairs, region, (indicator, timestep))
+        live = flow.live | flow.backward([indicator])  # an extractor may compute the indicator beside the blocks
+        parts = _split(gm, flow, pairs, region, (indicator, timestep), live)
         check_follows_latents(flow, pairs, flow.forward([latents]))
         check_memory_order(flow, parts, pairs, indicator)
         _check_modes(flow)
         _check_shapes([indicator, *(pair.value for pair in pairs)])
+        steady = steady_inputs(flow, latents, timestep)
         operands = _operands(flow, parts.blocks, pairs)
         ctx.partition = Partition(
             prologue=_names(parts.prologue),
             blocks=_names(parts.blocks),
             epilogue=_names(parts.epilogue),
-            dead=_names(node for node in flow.nodes if node not in flow.live and node.op != "placeholder"),
+            dead=_names(node for node in flow.nodes if node not in live and node.op != "placeholder"),
             operands=_names(operands),
-            conditioning=_names(conditioning_inputs(flow, latents, timestep)),
+            conditioning=_names(conditioning_inputs(steady)),
+            steady=_names(steady),
         )
         ctx.costs = Costs(total_flops(parts.prologue), total_flops(parts.blocks), total_flops(parts.epilogue))
         if (share := ctx.costs.skipped_share) > self.largest_share:
@@ -80,17 +83,22 @@ def _names(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
 
 
 def _split(
-    gm: fx.GraphModule, flow: Dataflow, pairs: list[LivePair], region: set[fx.Node], needed: Iterable[fx.Node]
+    gm: fx.GraphModule,
+    flow: Dataflow,
+    pairs: list[LivePair],
+    region: set[fx.Node],
+    needed: Iterable[fx.Node],
+    live: set[fx.Node],
 ) -> Parts:
     cut = {pair.value for pair in pairs}
     # Who reads a live output needs no other writer to its memory: the branch gives back a copy of the finished value.
     written = {writer for value in cut for writer in _writers(flow, value)} & region
     starts = [*gm.graph.output_node().all_input_nodes, *needed, *(pair.base for pair in pairs)]
     starts += [writer for node in flow.nodes if node.op == "placeholder" for writer in _writers(flow, node)]
-    keep = flow.backward(starts, stop=cut | written) & flow.live
-    keep |= {node for node in flow.live if op_name(node) == "getitem" and keep & set(_tuple_source(node))}
+    keep = flow.backward(starts, stop=cut | written) & live
+    keep |= {node for node in live if op_name(node) == "getitem" and keep & set(_tuple_source(node))}
     behind = flow.forward(cut) & keep
-    inner = [node for node in flow.sort(flow.live) if node.op not in ("placeholder", "output")]
+    inner = [node for node in flow.sort(live) if node.op not in ("placeholder", "output")]
     return Parts(
         prologue=[node for node in inner if node in keep and node not in behind],
         blocks=[node for node in inner if node not in keep],

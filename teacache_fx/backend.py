@@ -10,14 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from teacache_fx.advice import advice_on_length
 from teacache_fx.contexts import check_num_inference_steps, original, set_num_inference_steps
 from teacache_fx.errors import TeaCacheWarning
 from teacache_fx.graph_backend import GraphBackend
 
 log = logging.getLogger(__name__)
-
-FEWEST_STEPS = 20
-"""Generations with fewer steps gain little (vLLM-Omni's TeaCache guide)."""
 
 
 class TeaCacheBackend(GraphBackend):
@@ -103,21 +101,14 @@ class TeaCacheBackend(GraphBackend):
         """
         if num_inference_steps is not None:
             check_num_inference_steps(num_inference_steps)
-            if num_inference_steps < FEWEST_STEPS:
-                warnings.warn(_few_steps(num_inference_steps), TeaCacheWarning, stacklevel=2)
+            if advice := advice_on_length(num_inference_steps):
+                warnings.warn(advice, TeaCacheWarning, stacklevel=2)
         for transformer in _transformers(pipeline):
             self.reset_state(transformer)
             set_num_inference_steps(transformer, num_inference_steps)
             if verbose:
                 length = "unknown" if num_inference_steps is None else num_inference_steps
                 log.info("TeaCache refreshed for %s, steps: %s", type(transformer).__name__, length)
-
-
-def _few_steps(number: int) -> str:
-    return (
-        f"num_inference_steps={number}: below {FEWEST_STEPS} steps the latents move so far at each that there is little "
-        "to skip; use more steps, or run without the cache"
-    )
 
 
 def _transformers(pipeline: Any) -> list[nn.Module]:

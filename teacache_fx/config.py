@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from teacache_fx.advice import advice_on_threshold
 from teacache_fx.coefficients import IDENTITY, polynomial_facts, published, published_names
 from teacache_fx.errors import TeaCacheWarning
 
@@ -103,6 +104,8 @@ class TeaCacheConfig:
         if self.coefficients is not None:
             return ResolvedConfig(self, self.coefficients, "given by the user")
         row = published(self.transformer_type or class_name)
+        if advice := advice_on_threshold(self.rel_l1_thresh, row):
+            warnings.warn(advice, TeaCacheWarning, stacklevel=2)
         if row is not None:
             return ResolvedConfig(self, row.coefficients, f"published for {row.name} ({row.source})")
         if self.transformer_type is not None:

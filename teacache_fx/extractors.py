@@ -78,7 +78,9 @@ class CacheContext:
             if tensor.numel() == 0:
                 raise ValueError(f"CacheContext.{name} is empty: its shape is {list(tensor.shape)}")
             if tensor.device != self.hidden_states.device:
-                raise ValueError(f"CacheContext.{name} is on {tensor.device}, hidden_states on {tokens['hidden_states'].device}")
+                raise ValueError(
+                    f"CacheContext.{name} is on {tensor.device}, hidden_states on {tokens['hidden_states'].device}"
+                )
         for name, tensor in tokens.items():
             if not tensor.is_floating_point() or tensor.ndim < 2:
                 raise ValueError(

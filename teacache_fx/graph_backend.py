@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
+from teacache_fx.advice import advice_on_generation
 from teacache_fx.compilers import check_inner, compile_with, inductor_options, is_inductor_option
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import current_context, original
@@ -21,8 +22,9 @@ from teacache_fx.graph import compiled_root, state_examples
 from teacache_fx.report import RewriteReport
 from teacache_fx.rewrite import Pipeline
 from teacache_fx.runtime import CachedGraph
-from teacache_fx.store import MAX_CONTEXTS, StateStore
+from teacache_fx.state import TeaCacheState
 from teacache_fx.stats import CacheStats, collect
+from teacache_fx.store import MAX_CONTEXTS, StateStore
 
 log = logging.getLogger(__name__)
 _ON_DECLINE = ("warn", "raise", "ignore")
@@ -58,6 +60,7 @@ class GraphBackend:
         self.max_contexts = _check_max_contexts(max_contexts)
         self.reports: list[RewriteReport] = []
         self._stores: dict[tuple[str, TeaCacheConfig], StateStore] = {}
+        self._is_advised = False
         self._warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.__name__ = "teacache"
 
@@ -121,8 +124,12 @@ class GraphBackend:
             model: only for calls of this module, and within a `session` only for those of its request; `None` for all.
         """
         for store in list(self._stores.values()):
-            request_id = current_context(original(model)).request_id if model is not None else None
-            store.reset(None if model is None else original(model), request_id)
+            states = store.states
+            if model is not None:
+                states = store.of_model(original(model), current_context(original(model)).request_id)
+            for state in states:
+                self._advise(state)
+                state.reset()
 
     def end_session(self, request_id: Hashable) -> int:
         """Frees the states of a request that is done or was given up, and returns how many there were."""
@@ -131,10 +138,11 @@ class GraphBackend:
     def reset(self) -> None:
         """Forgets reports, states and statistics; `torch._dynamo.reset()` calls it as it drops the compiled graphs."""
         self.reports.clear()
-        for store in self._stores.values():
-            store.reset()
+        for state in [state for store in self._stores.values() for state in store.states]:
+            state.reset()
         self._stores.clear()
         self._warned.clear()
+        self._is_advised = False
 
     def _settings(self, options: dict[str, Any], mode: str | None) -> _Settings:
         own = {key: value for key, value in options.items() if key in _own_options()}
@@ -149,6 +157,17 @@ class GraphBackend:
         mode = own.pop("mode", mode)
         config = dataclasses.replace(self.config, **own) if own else self.config
         return _Settings(config, inner, on_decline, inductor_options(inner, mode, other))
+
+    def _advise(self, state: TeaCacheState) -> None:
+        """Warns once if the cache did not help over a whole generation. Once it was seen to help, nothing is read."""
+        length = state.steps_since_reset
+        if self._is_advised or not 1 < length <= len(state.records):
+            return
+        has_hit = any((record[0] == 0).any() for record in list(state.records)[-length:])
+        advice = advice_on_generation(length, has_hit)
+        self._is_advised = bool(has_hit or advice)
+        if advice:
+            warnings.warn(advice, TeaCacheWarning, stacklevel=3)
 
     def _tell(
         self, root: nn.Module | None, class_name: str, gm: fx.GraphModule, declined: Declined, settings: _Settings

@@ -99,6 +99,7 @@ class Partition:
         dead: needed by nothing; dynamo leaves unused projections behind.
         operands: values that the branch takes from outside it.
         conditioning: placeholders whose identity tells one prompt or guidance branch from another.
+        steady: placeholders that keep their contents throughout a generation, the conditioning among them.
     """
 
     prologue: tuple[str, ...]
@@ -107,6 +108,7 @@ class Partition:
     dead: tuple[str, ...]
     operands: tuple[str, ...]
     conditioning: tuple[str, ...]
+    steady: tuple[str, ...]
 
 
 @dataclass(frozen=True)

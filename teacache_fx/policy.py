@@ -13,7 +13,7 @@ begins. A step begins a new trajectory if
 - the latents jumped: a sampler moves them a little at a time, another seed or another picture is far away. The limit is
   three times the larger one of the last two moves (second-order samplers alternate between a long and a short one),
   but at least 0.1 and at most 0.9; two independent noises are 1.41 apart, and ancestral samplers at 20 steps move 0.65,
-- or the conditioning holds other numbers than at the step before.
+- or the conditioning (any input that stays the same throughout a generation) holds other numbers than before.
 A false alarm costs one computed step; a restarted trajectory knows no moves, so that two that take turns on one state
 are told apart at every turn.
 

@@ -42,7 +42,8 @@ class RewriteReport:
         return "\n".join([f"{head}: TeaCache inserted", *(f"  {key:<18}{text}" for key, text in self._rows(self.plan))])
 
     def _rows(self, plan: CachePlan) -> list[tuple[str, str]]:
-        rows = [("block stack", f"{plan.stack.num_blocks} blocks")]
+        blocks = f"{plan.stack.num_blocks} blocks" if plan.stack.lists else "as the extractor says"
+        rows = [("block stack", blocks)]
         rows += [("", str(part)) for part in plan.stack.lists]
         rows += [
             ("latents", plan.stack.latents),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from teacache_fx.advice import NEW_CONDITIONING
 from teacache_fx.config import TeaCacheConfig
+from teacache_fx.errors import TeaCacheWarning
 from teacache_fx.graph import fake_value, is_user_input
 from teacache_fx.policy import PolicyState
 from teacache_fx.rewrite import RewrittenGraph
@@ -31,6 +34,7 @@ class CachedGraph:
         placeholders = placeholders[: rewritten.signature.num_inputs]
         conditioning = set(rewritten.plan.partition.conditioning)
         self._compiled, self._store = compiled, store
+        self._is_advised = False
         self._num_inference_steps = config.num_inference_steps or 0
         self._num_outputs = rewritten.signature.num_outputs
         self._state_shapes = StateShapes(placeholders, rewritten.signature)
@@ -47,6 +51,9 @@ class CachedGraph:
         inputs = [args[i] for i in self._user_inputs]
         shapes = (self._graph, tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]))
         state = self._store.select(model, call, [args[i] for i in self._conditioning], shapes)
+        if self._store.finds_none and not self._is_advised:
+            self._is_advised = True
+            warnings.warn(NEW_CONDITIONING, TeaCacheWarning, stacklevel=2)
         length = call.num_inference_steps or self._num_inference_steps
         remembered = state.inputs(lambda: self._state_shapes.allocate(args), length)
         outputs: Sequence[Any] = self._compiled(*args, *remembered)

@@ -51,7 +51,7 @@ def _fields(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"cache_config is no valid JSON ({error}): {cache_config!r}; expected something like "
-                '\'{"rel_l1_thresh": 0.2}\''
+                "'{\"rel_l1_thresh\": 0.2}'"
             ) from error
     if cache_config is None:
         return {}

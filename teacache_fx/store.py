@@ -17,6 +17,7 @@ MAX_CONTEXTS = 16
 """States that a store keeps by default; the least recently used one goes first."""
 
 _MAX_MODELS = 64
+_MAX_NEW_IN_A_ROW = 12
 _MAX_PAST = 256  # dropped states of which the statistics are kept
 
 
@@ -50,6 +51,7 @@ class StateStore:
         self._past: deque[TeaCacheState] = deque(maxlen=_MAX_PAST)
         self._max_contexts = max_contexts
         self._num_unnamed = 0
+        self._num_new_in_a_row = 0
         self._lock = threading.Lock()
 
     @property
@@ -62,6 +64,11 @@ class StateStore:
         """Every state that has statistics, those dropped from the store first."""
         yield from list(self._past)
         yield from self.states
+
+    @property
+    def finds_none(self) -> bool:
+        """Whether each of the last calls, more than branches and requests explain, brought new conditioning."""
+        return self._num_new_in_a_row > _MAX_NEW_IN_A_ROW
 
     def model(self, weights: Sequence[Tensor]) -> CalledModel:
         """The model that these tensors, in this order, are the weights of."""
@@ -91,7 +98,9 @@ class StateStore:
         key = (scope, tuple(map(id, conditioning)))
         with self._lock:
             state = self._states.get(key)
-            if state is None or not state.identity.matches(conditioning):
+            if state is not None and state.identity.matches(conditioning):
+                self._num_new_in_a_row = 0
+            else:
                 state = self._adopt(key, conditioning) or self._new(key, conditioning)
             self._states.move_to_end(key)
             return state
@@ -120,6 +129,7 @@ class StateStore:
         scope = key[0]
         label = _label(scope) or f"context {self._num_unnamed}"
         self._num_unnamed += scope.name is None
+        self._num_new_in_a_row += 1
         reason = StepReason.SHAPE_CHANGED if self._has_other_shapes(key, conditioning) else StepReason.FIRST
         if key in self._states:
             self._drop(key)
@@ -149,25 +159,14 @@ class StateStore:
         if state.records:
             self._past.append(state)
 
-    def reset(self, model: nn.Module | None = None, request_id: Hashable = None) -> list[TeaCacheState]:
-        """Makes contexts start anew; the statistics stay.
-
-        Args:
-            model: only those of this module; `None` for all.
-            request_id: with `model`: only those of this request, or of none.
-
-        Returns:
-            the states that were reset, before their generations are forgotten by the caller.
-        """
+    def of_model(self, model: nn.Module, request_id: Hashable) -> list[TeaCacheState]:
+        """The states of a module's calls that belong to a request, or to none."""
         with self._lock:
-            chosen = [
+            return [
                 state
                 for (scope, _), state in self._states.items()
-                if model is None or (scope.request_id == request_id and scope.model.is_owned_by(model))
+                if scope.request_id == request_id and scope.model.is_owned_by(model)
             ]
-        for state in chosen:
-            state.reset()
-        return chosen
 
     def end_session(self, request_id: Hashable) -> int:
         """Drops the states of a request and says how many there were."""

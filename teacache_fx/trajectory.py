@@ -20,7 +20,7 @@ def gather_evidence(
     timestep: Tensor | None,
     latents: Tensor,
     previous_latents: Tensor,
-    conditioning: Sequence[Tensor],
+    steady: Sequence[Tensor],
     per_sample: bool = False,
 ) -> Evidence:
     """The evidence of one step, on the latents' device.
@@ -30,7 +30,7 @@ def gather_evidence(
             for each sample, to order the steps of a trajectory.
         latents: floating point, any shape; the batch comes first.
         previous_latents: those of the step before, alike.
-        conditioning: any tensors.
+        steady: all inputs that keep their contents throughout a generation, any dtype and shape.
         per_sample: of shape [batch] instead of [].
     """
     batch = (latents.shape[0],) if per_sample else ()
@@ -43,7 +43,7 @@ def gather_evidence(
 
     time = latents.new_zeros(batch, dtype=torch.float32) if timestep is None else average(timestep)
     hashed = latents.new_zeros(batch, dtype=torch.int64)
-    for number, tensor in enumerate(conditioning):
+    for number, tensor in enumerate(steady):
         one = content_hash(tensor, _has_rows(tensor, latents, per_sample)).to(latents.device)
         hashed = hashed + one * (2 * number + 1)
     return Evidence(time, relative_move(latents, previous_latents, per_sample), hashed)
