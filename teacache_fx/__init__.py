@@ -3,6 +3,7 @@
 transformer.compile(backend=TeaCacheBackend(rel_l1_thresh=0.2), fullgraph=True)
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from teacache_fx.backend import TeaCacheBackend, teacache_backend
@@ -50,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if name not in ("TeaCacheHook", "apply_teacache_hook", "remove_teacache_hook"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from teacache_fx import hook
+        hook = importlib.import_module("teacache_fx.hook")
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs diffusers: pip install 'teacache-fx[diffusers]'") from error
     return getattr(hook, name)

@@ -13,8 +13,8 @@ def advice_on_length(num_inference_steps: int) -> str:
     if num_inference_steps >= FEWEST_STEPS:
         return ""
     return (
-        f"a generation of {num_inference_steps} steps leaves little to skip: below {FEWEST_STEPS} steps the latents move "
-        "far at each; use more steps, or run without the cache"
+        f"a generation of {num_inference_steps} steps leaves little to skip: below {FEWEST_STEPS} steps the latents "
+        "move far at each; use more steps, or run without the cache"
     )
 
 
@@ -34,7 +34,7 @@ def advice_on_generation(num_steps: int, has_hit: bool) -> str:
 
 
 def advice_on_threshold(rel_l1_thresh: float, row: PublishedPolynomial | None) -> str:
-    """On a threshold far from those published together with the polynomial; empty within half the lowest and the highest.
+    """On a threshold far from those published with the polynomial; empty between half the lowest and the highest.
 
     Args:
         rel_l1_thresh: the threshold.

@@ -116,8 +116,8 @@ def _transformers(pipeline: Any) -> list[nn.Module]:
     transformers = [original(model) for model in found if isinstance(model, nn.Module)]
     if not transformers:
         raise TypeError(
-            f"pipeline {type(pipeline).__name__} has no transformer; pass a pipeline with a `transformer`, or compile the "
-            "model itself: model.compile(backend=backend)"
+            f"pipeline {type(pipeline).__name__} has no transformer; pass a pipeline with a `transformer`, or compile "
+            "the model itself: model.compile(backend=backend)"
         )
     return transformers
 

@@ -104,7 +104,7 @@ def cache_context(
 
 
 def session(model: nn.Module, request_id: Hashable) -> contextlib.AbstractContextManager[None]:
-    """Says that calls of `model` inside the `with` block belong to one request, and keeps its states apart from others'.
+    """Says that calls of `model` inside the `with` block belong to one request, whose states are its own.
 
     For continuous batching and threads, where the steps of several requests are interleaved on one compiled model:
     enter it around each step. The states stay until they are the least recently used ones, or until
@@ -179,12 +179,13 @@ class CalledModel:
         self.states: weakref.WeakSet[Resettable] = weakref.WeakSet()
         self._weights = [weakref.ref(weight) for weight in weights]
         self._first = Identity(weights[:1], self._free)
+        self._version = _version(weights)
         self._owners: list[weakref.ref[nn.Module]] = []
         self._num_announced = -1
 
     def matches(self, weights: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, the first of them alive and unchanged; it stands for all."""
-        return self._first.matches(weights[:1])
+        return self._first.matches(weights[:1]) and self._version == _version(weights)
 
     def _free(self) -> None:
         for state in list(self.states):
@@ -208,13 +209,17 @@ class CalledModel:
         return found
 
 
+def _version(weights: Sequence[Tensor]) -> int:
+    """How often the first weight was changed in place; inference tensors do not count it."""
+    return weights[0]._version if weights and not weights[0].is_inference() else 0
+
+
 class Identity:
     """Tells whether a call is conditioned on the very same tensors as an earlier one.
 
     Note [Identity]: a pipeline passes the same embeddings object at each step and another for the negative branch. The
-    id alone would not do: a freed tensor's address is given to the next one, and a prompt can be changed in place.
-    So the tensors are held as weak references together with their version counters. Inference tensors have no version
-    counter; a change of these, as of everything else, is noticed by the hash of the contents in the graph.
+    id alone would not do, since a freed tensor's address is given to the next one: so the tensors are held as weak
+    references. A tensor refilled in place is noticed by the hash of the contents in the graph.
 
     Args:
         tensors: what to remember.
@@ -224,7 +229,6 @@ class Identity:
     def __init__(self, tensors: Sequence[Tensor], on_death: Callable[[], None] | None = None) -> None:
         callback = None if on_death is None else lambda _: on_death()
         self._references = [weakref.ref(tensor, callback) for tensor in tensors]
-        self._versions = [_version(tensor) for tensor in tensors]
 
     @property
     def is_alive(self) -> bool:
@@ -232,12 +236,5 @@ class Identity:
         return all(reference() is not None for reference in self._references)
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors remembered, alive and unchanged since."""
-        return all(
-            reference() is tensor and version == _version(tensor)
-            for reference, version, tensor in zip(self._references, self._versions, tensors, strict=True)
-        )
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+        """Whether these are the tensors remembered."""
+        return all(reference() is tensor for reference, tensor in zip(self._references, tensors, strict=True))

@@ -1,7 +1,7 @@
 """Help for a model that the matcher declines: a function that says which tensors are which.
 
-The function is called while the model is being captured, so what it returns are values of the graph, and what it does is
-compiled. Under `torch.compile` alone it is not asked: use `apply_teacache_hook` or `TeaCacheBackend.enable`.
+The function is called while the model is being captured, so what it returns are values of the graph, and what it does
+is compiled. Under `torch.compile` alone it is not asked: use `apply_teacache_hook` or `TeaCacheBackend.enable`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teacache_fx.graph import mark_value
+from teacache_fx.marks import mark_value
 
 
 @dataclass

@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _FAKE_KEYS = ("example_value", "val")  # dynamo and export name them differently
 _ATTRIBUTE_STEP = re.compile(r"\.__dict__\['_modules'\]\['(\w+)'\]|\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]")
-_MODULE_CONTAINERS = ("_parameters", "_buffers", "_modules")
+_WEIGHT_CONTAINERS = ("_parameters", "_buffers")
+_MODULE_CONTAINERS = (*_WEIGHT_CONTAINERS, "_modules")
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -172,6 +173,12 @@ def is_user_input(placeholder: fx.Node) -> bool:
     return placeholder.op == "placeholder" and not from_module
 
 
+def is_weight(placeholder: fx.Node) -> bool:
+    """Whether this input is a parameter or a buffer of a module; a number that dynamo has made a tensor is not."""
+    name = source_name(placeholder)
+    return placeholder.op == "placeholder" and any(part in name for part in _WEIGHT_CONTAINERS)
+
+
 def argument_name(placeholder: fx.Node) -> str:
     """The caller's name of an input: `timestep` for `L['kwargs']['timestep']`."""
     names = re.findall(r"\['(\w+)'\]|\.(\w+)", source_name(placeholder))
@@ -200,29 +207,6 @@ def mark_as_state(placeholder: fx.Node) -> None:
     """Tells dynamo's and AOTAutograd's bookkeeping that this input comes from the cache, not from the user's code."""
     placeholder._dynamo_source = None
     placeholder.meta["tensor_dict"] = {}
-
-
-@torch._dynamo.allow_in_graph
-def mark_value(value: torch.Tensor, role: str) -> torch.Tensor:
-    """Says which role a value of the graph plays; dynamo keeps the call as a node without looking inside."""
-    return value
-
-
-def take_marks(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str]]:
-    """A copy without the marks, and the names of the nodes that they marked, by role; the graph itself if it has none.
-
-    Where a role was given twice, the last one counts.
-    """
-    if not any(node.target is mark_value for node in gm.graph.nodes):
-        return gm, {}
-    gm = copy_graph_module(gm)
-    marked = {}
-    for node in [node for node in gm.graph.nodes if node.target is mark_value]:
-        value, role = node.args
-        marked[role] = value.name
-        node.replace_all_uses_with(value)
-        gm.graph.erase_node(node)
-    return gm, marked
 
 
 def compiled_root() -> nn.Module | None:

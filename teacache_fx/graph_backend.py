@@ -104,7 +104,9 @@ class GraphBackend:
         self.reports.append(report)
         log.info("%s", report)
         store = self._stores.setdefault((class_name, settings.config), StateStore(self.max_contexts))
-        if hasattr(root, "_reset_stateful_cache"):  # a diffusers transformer that has cache_context
+        if root is not None and hasattr(
+            root, "_reset_stateful_cache"
+        ):  # a diffusers transformer that has cache_context
             from teacache_fx.listener import listen
 
             listen(root, self)

@@ -102,8 +102,8 @@ def apply_teacache_hook(module: nn.Module, config: TeaCacheConfig | GraphBackend
         raise TypeError(f"module must be an nn.Module, got {module!r}")
     if original(module) is not module or module._compiled_call_impl is not None:
         raise ValueError(
-            f"module is a compiled {type(original(module)).__name__}; the hook compiles by itself: apply it to the model "
-            "as it was, or keep the compiled one with torch.compile(model, backend=TeaCacheBackend(...))"
+            f"module is a compiled {type(original(module)).__name__}; the hook compiles by itself: apply it to the "
+            "model as it was, or compile that with torch.compile(model, backend=TeaCacheBackend(...))"
         )
     if hook_of(module) is not None:
         raise ValueError(
@@ -117,7 +117,7 @@ def remove_teacache_hook(module: nn.Module) -> None:
     """Gives a transformer its own forward back. Without the hook nothing happens."""
     if hook_of(module) is not None:
         with _beneath_offloading(module):
-            module._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook(HOOK_NAME, recurse=False)
 
 
 def hook_of(module: nn.Module) -> TeaCacheHook | None:
@@ -128,7 +128,7 @@ def hook_of(module: nn.Module) -> TeaCacheHook | None:
 
 
 @contextlib.contextmanager
-def _beneath_offloading(module: nn.Module) -> Iterator[None]:
+def _beneath_offloading(module: Any) -> Iterator[None]:
     """Works on the forward beneath accelerate's wrapper, which moves the weights.
 
     accelerate keeps the forward that it has wrapped in `_old_forward`, and puts it back when a pipeline takes its

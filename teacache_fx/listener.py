@@ -21,7 +21,7 @@ from teacache_fx.contexts import CallContext, announce
 _NAME = "teacache_listener"
 
 
-class Resettable(Protocol):
+class Resetting(Protocol):
     """A backend, as the hook sees it."""
 
     def reset_state(self, model: nn.Module) -> None:
@@ -63,7 +63,7 @@ class ListeningHook(ModelHook):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.state_manager = HeardContext()
-        self.backends: weakref.WeakSet[Resettable] = weakref.WeakSet()
+        self.backends: weakref.WeakSet[Resetting] = weakref.WeakSet()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by diffusers at the end of a pipeline call."""
@@ -73,7 +73,7 @@ class ListeningHook(ModelHook):  # type: ignore[misc]
         return module
 
 
-def listen(model: nn.Module, backend: Resettable) -> None:
+def listen(model: nn.Module, backend: Resetting) -> None:
     """Makes a transformer that is compiled in place tell its contexts and resets to the backend.
 
     Args:

@@ -29,7 +29,7 @@ _COLOURS = {
 
 
 def plot_stats(contexts: Sequence[ContextStats]) -> Figure:
-    """One row of axes per context: bars of the relative L1 distance, the accumulated distance, and why each was computed.
+    """One row of axes per context: the relative and the accumulated distance, and why each step was computed.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -11,7 +11,7 @@ Note [Trajectory guard]: a residual must never pass from one generation to the n
 begins. A step begins a new trajectory if
 - the timestep turned back against the direction that it had,
 - the latents jumped: a sampler moves them a little at a time, another seed or another picture is far away. The limit is
-  three times the larger one of the last two moves (second-order samplers alternate between a long and a short one),
+  five times the larger one of the last two moves (second-order samplers alternate between a long and a short one),
   but at least 0.1 and at most 0.9; two independent noises are 1.41 apart, and ancestral samplers at 20 steps move 0.65,
 - or the conditioning (any input that stays the same throughout a generation) holds other numbers than before.
 A false alarm costs one computed step; a restarted trajectory knows no moves, so that two that take turns on one state
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-8
-_JUMP = 3.0  # times the usual move of the latents
+_JUMP = 5.0  # times the usual move of the latents
 _SMALLEST_JUMP, _LARGEST_MOVE = 0.1, 0.9
 
 
@@ -158,8 +158,8 @@ class Policy:
         time = evidence.timestep
         moved = (time > state.previous_timestep).float() - (time < state.previous_timestep).float()
         first = state.step_index == 0
-        restarted = (moved * state.timestep_direction < 0) | (evidence.latents_move > _limit(state))
-        other_conditioning = evidence.conditioning != state.conditioning
+        restarted = turned_back(moved, state) | latents_jumped(evidence, state)
+        other_conditioning = conditioning_changed(evidence, state)
         begins = first | restarted | other_conditioning
         index = torch.where(begins, 0, state.step_index)
         accumulated = torch.where(begins, 0.0, state.accumulated_rel_l1_distance + self.rescale(rel_l1))
@@ -185,8 +185,6 @@ class Policy:
 
     def _reason(self, index: Tensor, accumulated: Tensor, time: Tensor, state: PolicyState) -> Tensor:
         """The reason within a trajectory."""
-        # `time` is checked too: a timestep that is not a number compares as "not moved".
-        non_finite = ~(torch.isfinite(accumulated) & torch.isfinite(time))
         reason = torch.where(accumulated >= self.rel_l1_thresh, int(StepReason.THRESHOLD), int(StepReason.SKIPPED))
         if self.max_consecutive_skips is not None:
             limit = state.consecutive_skips >= self.max_consecutive_skips
@@ -197,13 +195,29 @@ class Policy:
             reason = torch.where(final, int(StepReason.FINAL), reason)
         if self.num_warmup_steps:
             reason = torch.where(index < self.num_warmup_steps, int(StepReason.WARMUP), reason)
-        return torch.where(non_finite, int(StepReason.NON_FINITE), reason)
+        return torch.where(not_finite(accumulated, time), int(StepReason.NON_FINITE), reason)
 
 
-def _limit(state: PolicyState) -> Tensor:
-    """The farthest that the latents may move within a trajectory; see Note [Trajectory guard]."""
+def turned_back(moved: Tensor, state: PolicyState) -> Tensor:
+    """Whether the timestep moves against the direction of the trajectory; `moved` is +1, 0 or -1."""
+    return moved * state.timestep_direction < 0
+
+
+def latents_jumped(evidence: Evidence, state: PolicyState) -> Tensor:
+    """Whether the latents moved farther than they may within a trajectory; see Note [Trajectory guard]."""
     usual = torch.maximum(state.latents_move, state.previous_latents_move)
-    return torch.where(usual > 0, (_JUMP * usual).clamp(_SMALLEST_JUMP, _LARGEST_MOVE), _LARGEST_MOVE)
+    limit = torch.where(usual > 0, (_JUMP * usual).clamp(_SMALLEST_JUMP, _LARGEST_MOVE), _LARGEST_MOVE)
+    return evidence.latents_move > limit
+
+
+def not_finite(accumulated: Tensor, time: Tensor) -> Tensor:
+    """Whether there is nothing to decide by. A timestep that is not a number would compare as "not moved"."""
+    return ~(torch.isfinite(accumulated) & torch.isfinite(time))
+
+
+def conditioning_changed(evidence: Evidence, state: PolicyState) -> Tensor:
+    """Whether the conditioning holds other numbers than at the step before."""
+    return evidence.conditioning != state.conditioning
 
 
 def relative_l1(current: Tensor, previous: Tensor, per_sample: bool = False) -> Tensor:

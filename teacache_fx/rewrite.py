@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from teacache_fx.coefficients import evaluate, horner
 from teacache_fx.config import ResolvedConfig
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.graph import copy_graph_module, fake_value, runs_under_vmap, take_marks
+from teacache_fx.graph import copy_graph_module, fake_value, runs_under_vmap
+from teacache_fx.marks import take_marks
 from teacache_fx.passes import ANALYSIS, REWRITING, Pass, PassContext
 from teacache_fx.passes.verify import verify
 from teacache_fx.plan import CachePlan
@@ -33,8 +34,8 @@ class RewrittenGraph:
         gm: takes the model's inputs and then the state; returns the model's outputs, the new state and the records.
         plan: the facts that the rewriting was made from.
         signature: layout of the added inputs and outputs.
-        fingerprint: of the captured graph, equal for equal graphs within a process. Two graphs of one model differ where
-            a flag, a number or a precision is built in; they must not share a state.
+        fingerprint: of the captured graph, equal for equal graphs within a process. Two graphs of one model differ
+            where a flag, a number or a precision is built in; they must not share a state.
     """
 
     gm: fx.GraphModule

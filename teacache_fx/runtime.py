@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from teacache_fx.advice import NEW_CONDITIONING
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.errors import TeaCacheWarning
-from teacache_fx.graph import fake_value, is_user_input
+from teacache_fx.graph import fake_value, is_user_input, is_weight
 from teacache_fx.policy import PolicyState
 from teacache_fx.rewrite import RewrittenGraph
 from teacache_fx.signature import CacheSignature
@@ -42,7 +42,7 @@ class CachedGraph:
         self._conditioning = [i for i, node in enumerate(placeholders) if node.name in conditioning]
         tensors = [i for i, node in enumerate(placeholders) if isinstance(fake_value(node), Tensor)]
         self._user_inputs = [i for i in tensors if is_user_input(placeholders[i])]
-        self._weights = [i for i in tensors if not is_user_input(placeholders[i])]
+        self._weights = [i for i in tensors if is_weight(placeholders[i])]
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Runs one denoising step."""

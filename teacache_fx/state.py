@@ -37,6 +37,7 @@ class TeaCacheState:
     Attributes:
         label: the context's name, or a number where the caller gave none.
         identity: the conditioning that it belongs to.
+        steps_with_identity: calls with this very conditioning.
         memory: `None` before the first step of a generation.
         records: per step the tensors of `RECORDED`, read from the device only when statistics are asked for.
         first_reason: why its first step is computed.
@@ -48,6 +49,7 @@ class TeaCacheState:
     ) -> None:
         self.label = label
         self.identity = identity or Identity(())
+        self.steps_with_identity = 0
         self.memory: Memory | None = None
         self.records: deque[Sequence[Tensor]] = deque(maxlen=MAX_RECORDS)
         self.first_reason = first_reason
@@ -58,6 +60,10 @@ class TeaCacheState:
         """Forgets the generation and frees its tensors; the records stay."""
         self.memory = None
         self.steps_since_reset = 0
+
+    def belong_to(self, label: str, identity: Identity) -> None:
+        """Gives the state another owner; it is for the caller to know that it may have one."""
+        self.label, self.identity, self.steps_with_identity = label, identity, 0
 
     def inputs(self, allocate: Callable[[], Memory], num_inference_steps: int) -> list[Tensor]:
         """The state as inputs of the rewritten graph, allocated if this is the first step.
@@ -86,6 +92,7 @@ class TeaCacheState:
         scalars = PolicyState(*outputs[count : -len(RECORDED)], inputs[-1])
         self.memory = Memory(tuple(outputs[:count]), scalars)
         self.steps_since_reset += 1
+        self.steps_with_identity += 1
         self.records.append(outputs[-len(RECORDED) :])
 
     @property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Sized
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ class StateStore:
     """All states of the models of one class under one config. Compiled graphs come and go, the store stays.
 
     Note [Which state?]: the key is the model (all its weights), the request, the branch's name, the shapes and the
-    graph, and the identity of the conditioning. Where a branch has a name and its conditioning was made anew, its state
-    is taken over; the hash of the contents, in the graph, tells whether the numbers are the same. Without a name new
-    conditioning is a new context: between two branches that make their conditioning anew nothing could choose.
+    graph, and the identity of the conditioning. Where the conditioning was made anew, the state is handed on; the hash
+    of the contents, in the graph, tells whether the numbers are the same. Without a name this serves one branch only:
+    between two that make their conditioning anew nothing could choose.
 
     Args:
         max_contexts: states kept; the least recently used one goes first.
@@ -94,8 +95,7 @@ class StateStore:
             conditioning: text embeddings and the like.
             shapes: shapes, dtypes and devices of all inputs of the call, and the graph that takes them.
         """
-        scope = _Scope(model, call.request_id, call.name, shapes)
-        key = (scope, tuple(map(id, conditioning)))
+        key = (_Scope(model, call.request_id, call.name, shapes), _identities(conditioning))
         with self._lock:
             state = self._states.get(key)
             if state is not None and state.identity.matches(conditioning):
@@ -106,46 +106,59 @@ class StateStore:
             return state
 
     def _adopt(self, key: _Key, conditioning: Sequence[Tensor]) -> TeaCacheState | None:
-        """Hands on the state of a named branch whose conditioning was made anew, or whose name was not known yet."""
-        scope, identities = key
-        if scope.name is None:
-            return None
-        earlier = (scope._replace(name=None), identities)
-        found: _Key | None = earlier if self._is_known(earlier, conditioning) else None
-        for other in reversed(self._states):
-            if found is None and other[0] == scope:
-                outlived = other == key or not self._states[other].identity.is_alive
-                found = other if outlived else None
+        """Hands on the state of a context whose conditioning was made anew, or whose name was not known yet."""
+        found = self._predecessor(key, conditioning)
         if found is None:
             return None
         state = self._states[key] = self._states.pop(found)
-        state.label, state.identity = _label(scope), Identity(conditioning)
+        state.belong_to(_label(key[0]) or state.label, self._identity(key, conditioning, state))
         return state
 
-    def _is_known(self, key: _Key, conditioning: Sequence[Tensor]) -> bool:
-        return key in self._states and self._states[key].identity.matches(conditioning)
+    def _predecessor(self, key: _Key, conditioning: Sequence[Tensor]) -> _Key | None:
+        scope, identities = key
+        unnamed = (scope._replace(name=None), identities)
+        if unnamed in self._states and self._states[unnamed].identity.matches(conditioning):
+            return unnamed  # the name was not known at the first call, since that compiles
+        for other in reversed(self._states):
+            state = self._states[other]
+            if other[0] == scope and not state.identity.is_alive:
+                # Without a name only conditioning that served a single call is taken for one that is made anew.
+                return other if scope.name is not None or state.steps_with_identity == 1 else None
+        return None
+
+    def _identity(self, key: _Key, conditioning: Sequence[Tensor], state: TeaCacheState) -> Identity:
+        """Without a name the state dies with its conditioning, and its memory is free at once; see `_predecessor`."""
+        if key[0].name is not None:
+            return Identity(conditioning)
+        reference = weakref.ref(state)
+
+        def on_death() -> None:
+            dying = reference()
+            if dying is not None and dying.steps_with_identity > 1:
+                dying.reset()
+
+        return Identity(conditioning, on_death)
 
     def _new(self, key: _Key, conditioning: Sequence[Tensor]) -> TeaCacheState:
         scope = key[0]
         label = _label(scope) or f"context {self._num_unnamed}"
         self._num_unnamed += scope.name is None
         self._num_new_in_a_row += 1
-        reason = StepReason.SHAPE_CHANGED if self._has_other_shapes(key, conditioning) else StepReason.FIRST
+        reason = StepReason.SHAPE_CHANGED if self._has_other_shapes(key) else StepReason.FIRST
         if key in self._states:
             self._drop(key)
         for other, state in list(self._states.items()):
             if other[0].name is None and not state.identity.is_alive:
                 self._drop(other)  # nobody can call for it again
         state = TeaCacheState(label, first_reason=reason)
-        # Without a name the state dies with its conditioning, and its memory is free at once.
-        state.identity = Identity(conditioning, state.reset if scope.name is None else None)
+        state.belong_to(label, self._identity(key, conditioning, state))
         scope.model.states.add(state)
-        if len(self._states) >= self._max_contexts:
+        if _is_full(self._states, self._max_contexts):
             self._drop(next(iter(self._states)))
         self._states[key] = state
         return state
 
-    def _has_other_shapes(self, key: _Key, conditioning: Sequence[Tensor]) -> bool:
+    def _has_other_shapes(self, key: _Key) -> bool:
         scope, identities = key
         return any(
             other._replace(shapes=scope.shapes) == scope and other.shapes != scope.shapes
@@ -175,6 +188,14 @@ class StateStore:
             for key in ended:
                 self._drop(key)
         return len(ended)
+
+
+def _identities(conditioning: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(id, conditioning))
+
+
+def _is_full(states: Sized, limit: int) -> bool:
+    return len(states) >= limit
 
 
 def _label(scope: _Scope) -> str:

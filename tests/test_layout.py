@@ -16,20 +16,26 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 # Each module may import from the levels before its own. What a pass is made of lies below the passes.
 LEVELS = (
     {"errors", "coefficients", "policy"},
-    {"config", "contexts", "graph", "signature"},
-    {"dataflow", "flops", "state", "render", "pin_operands"},
-    {"plan", "compilers", "stats"},
+    {"advice", "contexts", "graph", "signature", "trajectory"},
+    {"config", "dataflow", "flops", "listener", "marks", "plot", "state", "render", "pin_operands"},
+    {"plan", "compilers", "extractors", "stats", "store"},
     {"report", "passes.base"},
-    {"passes.branches", "passes.modulation_patterns", "passes.pair_live_outputs", "passes.verify"},
+    {
+        "passes.branches", "passes.input_roles", "passes.modulation_patterns", "passes.pair_live_outputs",
+        "passes.verify",
+    },
     {"passes.follow_latents", "passes.memory_order"},
     {
         "passes.cleanup", "passes.find_block_stack", "passes.insert_cond", "passes.match_modulation",
-        "passes.partition_graph",
+        "passes.partition_graph", "passes.read_extractor",
     },
     {"passes"},
     {"rewrite"},
     {"runtime", "explain"},
+    {"graph_backend"},
+    {"hook"},
     {"backend"},
+    {"select"},
     {""},
 )  # fmt: skip
 
@@ -39,9 +45,17 @@ def _module(path: Path) -> str:
     return ".".join(part for part in ("passes" if path.parent.name == "passes" else "", stem) if part)
 
 
+def _is_for_annotations(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 def _imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_annotations = {inner for node in ast.walk(tree) if _is_for_annotations(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in for_annotations:
+            continue
         if isinstance(node, ast.ImportFrom):
             found.add(node.module or "")
         elif isinstance(node, ast.Import):
@@ -72,8 +86,9 @@ def test_no_model_is_named(path: Path) -> None:
 
 def test_public_names() -> None:
     assert set(teacache_fx.__all__) == {
-        "CacheStats", "DeclineReason", "Declined", "RewriteReport", "StepReason", "TeaCacheBackend", "TeaCacheConfig",
-        "TeaCacheState", "TeaCacheWarning", "cache_context", "explain", "teacache_backend",
+        "CacheContext", "CacheStats", "DeclineReason", "Declined", "RewriteReport", "StepReason", "TeaCacheBackend",
+        "TeaCacheConfig", "TeaCacheHook", "TeaCacheState", "TeaCacheWarning", "apply_teacache_hook", "cache_context",
+        "explain", "get_cache_backend", "register_extractor", "remove_teacache_hook", "session", "teacache_backend",
     }  # fmt: skip
     for name in teacache_fx.__all__:
         assert getattr(teacache_fx, name).__doc__
