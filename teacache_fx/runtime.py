@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,18 +40,17 @@ class CachedGraph:
         self._num_outputs = rewritten.signature.num_outputs
         self._state_shapes = StateShapes(placeholders, rewritten.signature)
         self._graph = rewritten.fingerprint
-        self._conditioning = [i for i, node in enumerate(placeholders) if node.name in conditioning]
         tensors = [i for i, node in enumerate(placeholders) if isinstance(fake_value(node), Tensor)]
-        self._user_inputs = [i for i in tensors if is_user_input(placeholders[i])]
-        self._weights = [i for i in tensors if is_weight(placeholders[i])]
+        self._conditioning = _picker([i for i in tensors if placeholders[i].name in conditioning])
+        self._user_inputs = _picker([i for i in tensors if is_user_input(placeholders[i])])
+        self._weights = _picker([i for i in tensors if is_weight(placeholders[i])])
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Runs one denoising step."""
-        model = self._store.model([args[i] for i in self._weights])
+        model = self._store.model(self._weights(args))
         call = model.context
-        inputs = [args[i] for i in self._user_inputs]
-        shapes = (self._graph, tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]))
-        state = self._store.select(model, call, [args[i] for i in self._conditioning], shapes)
+        shapes = (self._graph, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in self._user_inputs(args)])
+        state = self._store.select(model, call, self._conditioning(args), shapes)
         if self._store.finds_none and not self._is_advised:
             self._is_advised = True
             warnings.warn(NEW_CONDITIONING, TeaCacheWarning, stacklevel=2)
@@ -59,6 +59,13 @@ class CachedGraph:
         outputs: Sequence[Any] = self._compiled(*args, *remembered)
         state.advance(remembered, outputs[self._num_outputs :])
         return outputs[: self._num_outputs]
+
+
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Picks arguments out; `itemgetter` alone would return a single one bare. There may be a thousand weights."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda args: tuple(args[place] for place in places)
 
 
 class StateShapes:
