@@ -8,24 +8,29 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from teacache_fx.policy import Policy, PolicyState, StepReason
-from teacache_fx.state import TeaCacheState
+from teacache_fx.policy import Evidence, Policy, PolicyState, StepReason, relative_l1
+from teacache_fx.state import Memory, TeaCacheState
 from teacache_fx.stats import CacheStats, ContextStats, StepStats, collect
 
 R = StepReason
 NAN = math.nan
 
 
+def memory() -> Memory:
+    """Before the first step, with one residual."""
+    return Memory((torch.zeros(2), torch.zeros(2), torch.zeros(2)), PolicyState.initial())
+
+
 def state_of(
-    label: str, reasons: Sequence[StepReason], rel_l1: float = 0.5, accumulated: float = 0.25
+    label: str, reasons: Sequence[StepReason | list[StepReason]], rel_l1: float = 0.5, accumulated: float = 0.25
 ) -> TeaCacheState:
     """A state whose steps went like this."""
     state = TeaCacheState(label)
     for reason in reasons:
-        inputs = state.inputs(lambda: [torch.zeros(2), torch.zeros(2)], 0)
+        inputs = state.inputs(memory, 0)
         distance = NAN if reason in (R.FIRST, R.TRAJECTORY_RESTARTED) else rel_l1
-        record = [torch.tensor(int(reason)), torch.tensor(distance), torch.tensor(accumulated)]
-        state.advance([*inputs[:-1], *record])
+        record = [torch.tensor(reason), torch.tensor(distance), torch.tensor(accumulated)]
+        state.advance(inputs, [*inputs[:-1], *record])
     return state
 
 
@@ -35,20 +40,21 @@ def positions(context: ContextStats) -> list[tuple[int, int]]:
 
 def test_collects_what_the_policy_decided() -> None:
     state, policy = TeaCacheState("cond"), Policy(0.25, torch.abs)
-    values, times = [1.0, 1.125, 1.265625, 1.265625, 1.0], [900, 800, 700, 600, 900]
+    values, times = [1.0, 1.125, 1.265625, 1.265625, 1.0], [900.0, 800.0, 700.0, 600.0, 900.0]
     for value, time in zip(values, times, strict=True):
-        previous, _, *scalars = state.inputs(lambda: [torch.zeros(2), torch.zeros(2)], 0)
+        inputs = state.inputs(memory, 0)
         current = torch.full((2,), value)
-        decision = policy.decide(current, previous, torch.tensor(time), PolicyState(*scalars))
+        evidence = Evidence(torch.tensor(time), torch.tensor(0.0), torch.tensor(0))
+        decision = policy.decide(relative_l1(current, inputs[0]), evidence, PolicyState(*inputs[3:]))
         record = [decision.reason, decision.rel_l1, decision.accumulated]
-        state.advance([current, torch.zeros(2), *decision.state[:-1], *record])
+        state.advance(inputs, [current, torch.zeros(2), torch.zeros(2), *decision.state[:-1], *record])
     (context,) = collect("Toy", [state])
     assert (context.model, context.name, len(context.steps)) == ("Toy", "cond", 5)
     first, *middle, restarted = context.steps
     assert middle == [
-        StepStats(0, 1, R.SKIPPED, 0.125, 0.125),
-        StepStats(0, 2, R.THRESHOLD, 0.125, 0.25),
-        StepStats(0, 3, R.SKIPPED, 0.0, 0.0),
+        StepStats(0, 1, R.SKIPPED, 0.125, 0.125, (R.SKIPPED,)),
+        StepStats(0, 2, R.THRESHOLD, 0.125, 0.25, (R.THRESHOLD,)),
+        StepStats(0, 3, R.SKIPPED, 0.0, 0.0, (R.SKIPPED,)),
     ]
     assert [(step.generation, step.step_index) for step in (first, restarted)] == [(0, 0), (1, 0)]
     assert [step.reason for step in (first, restarted)] == [R.FIRST, R.TRAJECTORY_RESTARTED]
@@ -96,8 +102,8 @@ def test_hit_rates_weigh_contexts_by_their_steps() -> None:
         state_of("idle", []),
     ]
     stats = CacheStats(tuple(collect("Toy", states)))
-    assert [context.name for context in stats.contexts] == ["cond", "uncond", "idle"]
-    assert [context.hit_rate for context in stats.contexts] == [0.75, 0, 0]
+    assert [context.name for context in stats.contexts] == ["cond", "uncond"], "idle has nothing to tell"
+    assert [context.hit_rate for context in stats.contexts] == [0.75, 0]
     assert (stats.num_steps, stats.num_skipped, stats.hit_rate) == (6, 3, 0.5)
 
 
@@ -106,12 +112,6 @@ def test_no_steps_at_all() -> None:
     stats = CacheStats(())
     assert (stats.num_steps, stats.num_skipped, stats.hit_rate) == (0, 0, 0)
     assert str(stats) == "TeaCache: no step has run"
-
-
-def test_a_context_without_steps_is_printed() -> None:
-    stats = CacheStats(tuple(collect("Toy", [state_of("cond", [])])))
-    assert stats.hit_rate == 0
-    assert str(stats).splitlines()[:2] == ["TeaCache: 0 of 0 steps skipped (0%)", "Toy, cond: hit rate 0%"]
 
 
 def test_the_table() -> None:
@@ -134,3 +134,64 @@ def test_numbers_that_are_not_finite_are_printed(value: float) -> None:
     (context,) = collect("Toy", [state_of("cond", [R.FIRST, R.NON_FINITE], value, value)])
     line = str(CacheStats((context,))).splitlines()[-1].split()
     assert line == ["0", "1", "computed", "(non", "finite)", "-" if math.isnan(value) else f"{value}", f"{value}"]
+
+
+def test_samples_that_decide_for_themselves() -> None:
+    rows = [[R.FIRST, R.FIRST], [R.SKIPPED, R.SKIPPED], [R.SKIPPED, R.THRESHOLD], [R.THRESHOLD, R.THRESHOLD]]
+    state = TeaCacheState("cond")
+    for row in rows:
+        inputs = state.inputs(memory, 0)
+        numbers = [0.5, NAN] if row[0] is R.THRESHOLD else [0.125, 0.5]
+        state.advance(inputs, [*inputs[:-1], torch.tensor(row), torch.tensor(numbers), torch.tensor(numbers)])
+    (context,) = collect("Toy", [state])
+    assert [step.reason for step in context.steps] == [R.FIRST, R.SKIPPED, R.THRESHOLD, R.THRESHOLD]
+    assert [step.sample_reasons for step in context.steps] == [tuple(row) for row in rows]
+    assert [step.in_vain for step in context.steps] == [False, False, True, False]
+    assert [step.rel_l1 for step in context.steps] == [0.5] * 4
+    stats = CacheStats((context,))
+    assert (stats.num_skipped, stats.num_in_vain) == (1, 1)
+    assert "1 computed steps were needed by some samples only" in str(stats)
+    assert "computed (threshold) 1/2" in str(stats)
+
+
+def test_a_first_step_at_another_shape_says_so() -> None:
+    state = state_of("cond", [R.FIRST, R.SKIPPED, R.FIRST])
+    state.first_reason = R.SHAPE_CHANGED
+    (context,) = collect("Toy", [state])
+    assert [step.reason for step in context.steps] == [R.SHAPE_CHANGED, R.SKIPPED, R.FIRST]
+    assert context.reasons == {R.SKIPPED: 1, R.FIRST: 1, R.SHAPE_CHANGED: 1}
+
+
+@pytest.mark.parametrize(
+    ("reasons", "advice"),
+    [
+        ([R.FIRST, *[R.THRESHOLD] * 19], "not one of 20 steps was skipped"),
+        ([R.FIRST, *[R.THRESHOLD] * 19, R.FIRST], "not one of 20 steps was skipped"),
+        ([R.FIRST, *[R.THRESHOLD] * 18, R.FIRST], "a generation of 19 steps leaves little to skip"),
+        ([R.FIRST, *[R.THRESHOLD] * 18], None),  # it may go on
+        ([R.FIRST, *[R.THRESHOLD] * 18, R.SKIPPED], None),
+        ([R.FIRST, R.SKIPPED, R.FIRST], None),
+    ],
+)
+def test_advice_where_the_cache_did_not_help(reasons: list[StepReason], advice: str | None) -> None:
+    stats = CacheStats(tuple(collect("Toy", [state_of("cond", reasons), state_of("uncond", reasons)])))
+    assert len(stats.advice) == (advice is not None), "the same advice is given once"
+    if advice is not None:
+        assert stats.advice[0].startswith(advice)
+        assert str(stats).splitlines()[-1].startswith(f"advice: {advice}")
+
+
+def test_the_plot_shows_each_context_and_reason() -> None:
+    states = [state_of("cond", [R.FIRST, R.SKIPPED, R.THRESHOLD, R.FIRST]), state_of("uncond", [R.FIRST, R.SKIPPED])]
+    figure = CacheStats(tuple(collect("Toy", states))).plot()
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "Toy, cond: 25% skipped",
+        "Toy, uncond: 50% skipped",
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["skipped", "first", "threshold"]
+    assert [bar.get_height() for bar in figure.axes[0].patches if bar.get_width() == 0.5][1:3] == [0.5, 0.5]
+
+
+def test_nothing_to_plot() -> None:
+    with pytest.raises(ValueError, match="no step has run"):
+        CacheStats(()).plot()
