@@ -12,20 +12,21 @@ def advice_on_length(num_inference_steps: int) -> str:
     """On a generation of so many steps; empty if they are enough."""
     if num_inference_steps >= FEWEST_STEPS:
         return ""
+    steps = "1 step" if num_inference_steps == 1 else f"{num_inference_steps} steps"
     return (
-        f"a generation of {num_inference_steps} steps leaves little to skip: below {FEWEST_STEPS} steps the latents "
+        f"a generation of {steps} leaves little to skip: below {FEWEST_STEPS} steps the latents "
         "move far at each; use more steps, or run without the cache"
     )
 
 
 def advice_on_generation(num_steps: int, has_hit: bool) -> str:
-    """On a generation that is over; empty if the cache helped.
+    """On a generation that is over; empty if the cache helped, or if a single step was but a trial.
 
     Args:
         num_steps: steps in it.
         has_hit: whether any was skipped.
     """
-    if has_hit:
+    if has_hit or num_steps < 2:
         return ""
     return advice_on_length(num_steps) or (
         f"not one of {num_steps} steps was skipped: raise rel_l1_thresh, or pass coefficients that fit this model "

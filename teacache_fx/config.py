@@ -86,18 +86,20 @@ class TeaCacheConfig:
         """Names of the settings, in order."""
         return [field.name for field in dataclasses.fields(cls)]
 
-    def resolve(self, class_name: str) -> ResolvedConfig:
+    def resolve(self, class_name: str, is_length_known: bool = False) -> ResolvedConfig:
         """The settings with the polynomial filled in for a transformer class.
 
         Args:
             class_name: class of the compiled model; `transformer_type` overrides it.
+            is_length_known: whether somebody else has said how many steps a generation has.
 
         Raises:
             ValueError: `transformer_type` was given and nothing is published for it.
         """
-        if self.num_final_steps and self.num_inference_steps is None:
+        if self.num_final_steps and self.num_inference_steps is None and not is_length_known:
             warnings.warn(
-                f"num_final_steps={self.num_final_steps} has no effect: num_inference_steps is not known. Pass it too.",
+                f"num_final_steps={self.num_final_steps} has no effect as long as num_inference_steps is not known. "
+                "Pass it too, or call backend.refresh(pipeline, num_inference_steps).",
                 TeaCacheWarning,
                 stacklevel=2,
             )

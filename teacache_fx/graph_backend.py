@@ -86,7 +86,8 @@ class GraphBackend:
             settings = self._settings(options or {}, mode)
             _check_model(root)
             pipeline.analyse()
-            resolved = settings.config.resolve(class_name)
+            length = current_context(root).num_inference_steps if root is not None else None
+            resolved = settings.config.resolve(class_name, length is not None)
             rewritten = pipeline.rewrite(resolved)
         except Declined as declined:
             self.reports.append(RewriteReport(class_name, len(gm.graph.nodes), declined=declined))
@@ -133,6 +134,11 @@ class GraphBackend:
                 self._advise(state)
                 state.reset()
 
+    def reset_stats(self) -> None:
+        """Forgets the steps so far; the states stay."""
+        for store in list(self._stores.values()):
+            store.forget_records()
+
     def end_session(self, request_id: Hashable) -> int:
         """Frees the states of a request that is done or was given up, and returns how many there were."""
         return sum(store.end_session(request_id) for store in list(self._stores.values()))
@@ -163,7 +169,7 @@ class GraphBackend:
     def _advise(self, state: TeaCacheState) -> None:
         """Warns once if the cache did not help over a whole generation. Once it was seen to help, nothing is read."""
         length = state.steps_since_reset
-        if self._is_advised or not 1 < length <= len(state.records):
+        if self._is_advised or not 0 < length <= len(state.records):
             return
         has_hit = any((record[0] == 0).any() for record in list(state.records)[-length:])
         advice = advice_on_generation(length, has_hit)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,7 +77,7 @@ class TeaCacheHook(ListeningHook):
         return self._compiled(*args, **kwargs)
 
     def _compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        forward = self.fn_ref.original_forward
+        forward = _with_own_code(self.fn_ref.original_forward)
         if self.extractor_fn is not None:
             validated(self.extractor_fn, module, *args, **kwargs)
             forward = extracted_forward(self.extractor_fn).__get__(module)
@@ -85,6 +88,26 @@ class TeaCacheHook(ListeningHook):
         """Called by the registry on removal: forgets the states of the module."""
         self.backend.reset_state(module)
         return module
+
+
+def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a method with a code object of its own.
+
+    Dynamo keeps what it has compiled with the code object, which all models of a class share, and gives up silently
+    after eight variants: that many hooks in one process, and the ninth model would run uncached.
+    """
+    if not inspect.ismethod(forward):
+        return forward
+    function = forward.__func__
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return types.MethodType(functools.update_wrapper(copy, function), forward.__self__)
 
 
 def apply_teacache_hook(module: nn.Module, config: TeaCacheConfig | GraphBackend | None = None) -> None:

@@ -65,4 +65,4 @@ def _plot_context(axes: Axes, context: ContextStats) -> None:
     axes.plot(places, [step.accumulated for step in context.steps], "k.-", linewidth=1, label="accumulated")
     axes.set_xlim(-0.5, len(context.steps) - 0.5)
     axes.set_title(f"{context.model}, {context.name}: {context.hit_rate:.0%} skipped", loc="left", fontsize=10)
-    axes.legend(loc="upper right", fontsize=8, frameon=False)
+    axes.legend(loc="best", fontsize=8)

@@ -26,7 +26,7 @@ def get_cache_backend(
         cache_backend: "tea_cache", or "none"; `None` asks the environment variable DIFFUSION_CACHE_BACKEND, and means
             "none" where that is not set or empty.
         cache_config: fields of `TeaCacheConfig`, as a mapping or as the text of a JSON object.
-        backend_options: further arguments of `TeaCacheBackend`.
+        backend_options: further arguments of `TeaCacheBackend`; they override the same ones in `cache_config`.
 
     Returns:
         the backend, or `None` for "none".
@@ -40,8 +40,8 @@ def get_cache_backend(
         name, origin = os.environ.get(ENVIRONMENT_VARIABLE) or "none", ENVIRONMENT_VARIABLE
     if name not in (TEA_CACHE, "none"):
         raise ValueError(f"{origin} must be {TEA_CACHE!r} or 'none', got {name!r}")
-    fields = _fields(cache_config)
-    return TeaCacheBackend(**fields, **backend_options) if name == TEA_CACHE else None
+    backend = TeaCacheBackend(**{**_fields(cache_config), **backend_options})  # checked for "none" too
+    return backend if name == TEA_CACHE else None
 
 
 def _fields(cache_config: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -39,8 +39,7 @@ class StateStore:
 
     Note [Which state?]: the key is the model (all its weights), the request, the branch's name, the shapes and the
     graph, and the identity of the conditioning. Where the conditioning was made anew, the state is handed on; the hash
-    of the contents, in the graph, tells whether the numbers are the same. Without a name this serves one branch only:
-    between two that make their conditioning anew nothing could choose.
+    of the contents, in the graph, tells whether the numbers are the same.
 
     Args:
         max_contexts: states kept; the least recently used one goes first.
@@ -70,6 +69,12 @@ class StateStore:
     def finds_none(self) -> bool:
         """Whether each of the last calls, more than branches and requests explain, brought new conditioning."""
         return self._num_new_in_a_row > _MAX_NEW_IN_A_ROW
+
+    def forget_records(self) -> None:
+        """Empties the statistics."""
+        self._past.clear()
+        for state in self.states:
+            state.records.clear()
 
     def model(self, weights: Sequence[Tensor]) -> CalledModel:
         """The model that these tensors, in this order, are the weights of."""
@@ -119,12 +124,12 @@ class StateStore:
         unnamed = (scope._replace(name=None), identities)
         if unnamed in self._states and self._states[unnamed].identity.matches(conditioning):
             return unnamed  # the name was not known at the first call, since that compiles
-        for other in reversed(self._states):
-            state = self._states[other]
-            if other[0] == scope and not state.identity.is_alive:
-                # Without a name only conditioning that served a single call is taken for one that is made anew.
-                return other if scope.name is not None or state.steps_with_identity == 1 else None
-        return None
+        outlived = [other for other, state in self._states.items() if other[0] == scope and not state.identity.is_alive]
+        if scope.name is not None:
+            return outlived[-1] if outlived else None
+        # Only conditioning that served a single call is taken for one that is made anew. The branch called longest ago
+        # is the next in turn.
+        return next((other for other in outlived if self._states[other].steps_with_identity == 1), None)
 
     def _identity(self, key: _Key, conditioning: Sequence[Tensor], state: TeaCacheState) -> Identity:
         """Without a name the state dies with its conditioning, and its memory is free at once; see `_predecessor`."""
