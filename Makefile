@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test goldens types lint bench train clean
+.PHONY: help venv demo test goldens types lint fault-table soak bench train clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 venv: $(READY) ## Set up the virtual environment
 
@@ -35,9 +35,16 @@ lint: venv ## Check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+fault-table: venv ## Write docs/faults.md anew from the tests behind it
+	$(BIN)/python -m tests.faults.table > docs/faults.md
+
+soak: venv ## Interleave many requests for a while, each compared with the eager reference run alone
+	$(BIN)/python -m tests.soak --steps 20000
+
 bench: venv ## Measure compile time and the cost of each kind of step
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.call_overhead
 
 train: venv ## Train the demo's model anew (about an hour on 2 cores); resumes after an interruption
 	$(BIN)/python -m examples.train_tiny_flux --out out/train

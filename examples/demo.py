@@ -11,7 +11,6 @@ Pictures, the timeline of computed and skipped steps, and a report lie in `out/d
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 
 from examples.demo_pictures import save_grid, save_timeline
 from examples.demo_report import CachedRun, Report, Run
+from examples.options import at_least_one, threshold_value
 from examples.tiny_flux.checker import sample
 from examples.tiny_flux.pipeline import TinyFluxPipeline, load_pipeline
 from examples.tiny_flux.scenes import POSITIONS, SIZES, Scene, held_back_scenes, triples
@@ -31,7 +31,7 @@ from teacache_fx import TeaCacheBackend
 # the distance as it is (the identity, highest power first), and the thresholds were chosen by looking at results.
 COEFFICIENTS = (1.0, 0.0)
 THRESHOLDS = (0.035, 0.05, 0.08, 0.13)
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 1
 # Every variant is timed this often, in turns, and its best time counts: a machine that others use too is uneven.
 ROUNDS = 2
 
@@ -86,11 +86,11 @@ class Variant:
         """The best timed run, with what the cache did at each step."""
         if self.backend is None:
             raise RuntimeError(f"{self.name} has no cache")
-        # Each call of the pipeline has new embeddings and so two new contexts: the last two are those of the last
-        # timed run, the conditional branch first, as FluxPipeline calls it first.
-        cond, uncond = self.backend.stats().contexts[-2:]
+        # Each call of the pipeline is a generation of its own, the last one that of the last timed run. The conditional
+        # branch comes first, as FluxPipeline calls it first.
+        cond, uncond = (list(context.generations)[-1] for context in self.backend.stats().contexts[-2:])
         run = self.result()
-        return CachedRun(run.seconds, run.pictures, self.backend.config.rel_l1_thresh, cond.steps, uncond.steps)
+        return CachedRun(run.seconds, run.pictures, self.backend.config.rel_l1_thresh, cond, uncond)
 
 
 def choose_scenes(count: int, seed: int) -> list[Scene]:
@@ -136,28 +136,6 @@ def compare(options: Options, thresholds: Sequence[float]) -> Report:
     return Report(
         options.scenes, options.steps, eager.result(), baseline.result(), [one.cached_result() for one in cached]
     )
-
-
-def at_least_one(text: str) -> int:
-    """An integer option."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def threshold_value(text: str) -> float:
-    """A threshold."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-    if not (number > 0 and math.isfinite(number)):
-        raise argparse.ArgumentTypeError(f"must be greater than 0 and finite, got {text}")
-    return number
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

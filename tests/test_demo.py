@@ -14,6 +14,8 @@ from examples import demo
 from examples.demo_report import MAX_PSNR_DB, mean_ssim, psnr_db
 from examples.tiny_flux.scenes import is_held_back
 
+pytestmark = pytest.mark.filterwarnings("ignore:a generation of .* steps leaves little to skip")
+
 STEPS, NEVER = 4, 1000.0  # no distance reaches the threshold NEVER
 
 
