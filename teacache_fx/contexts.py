@@ -1,15 +1,14 @@
-"""Whose call is it? The guidance branch and the request that a caller names, and the identity of the tensors passed."""
+"""What the caller says of a call: the guidance branch, the request, how many steps there will be."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,17 @@ _announced: weakref.WeakKeyDictionary[nn.Module, Callable[[], CallContext]] = we
 _num_announced = 0
 
 _lengths: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def num_announced() -> int:
+    """How often a model was made known."""
+    return _num_announced
+
+
+def announced() -> tuple[int, list[nn.Module]]:
+    """How often a model was made known, and the models."""
+    number = _num_announced  # first, since another thread may announce one meanwhile
+    return number, list(_announced)
 
 
 def set_num_inference_steps(model: nn.Module, number: int | None) -> None:
@@ -118,21 +128,22 @@ def session(model: nn.Module, request_id: Hashable) -> contextlib.AbstractContex
         TypeError: `model` is no module, or `request_id` is `None` or not hashable.
     """
     _check_model(model)
-    if request_id is None or not isinstance(request_id, Hashable):
-        raise TypeError(f"request_id must be hashable and not None, got {request_id!r}")
+    check_request_id(request_id)
     return _enter(model, CallContext(request_id=request_id))
 
 
-def current_context(model: nn.Module) -> CallContext:
-    """What is said of calls of this very module just now, in this thread."""
+def current_context(*models: nn.Module) -> CallContext:
+    """What is said of calls of these very modules just now, in this thread: first by `with`, the inmost one first."""
     found = CallContext()
     for reference, call in _entered.get():
-        if reference() is model:
+        if reference() in models:
             found = found.or_else(call)
-    listener = _announced.get(model)
-    if listener is not None:
-        found = found.or_else(listener())
-    return found.or_else(CallContext(num_inference_steps=_lengths.get(model)))
+    for model in models:
+        listener = _announced.get(model)
+        found = found if listener is None else found.or_else(listener())
+    for model in models:
+        found = found.or_else(CallContext(num_inference_steps=_lengths.get(model)))
+    return found
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -154,87 +165,21 @@ def check_num_inference_steps(value: object) -> int:
     return value
 
 
+def check_request_id(value: Hashable) -> Hashable:
+    """Returns the name of a request.
+
+    Raises:
+        TypeError: it is `None`, or not hashable.
+    """
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(f"request_id must be hashable, got {value!r}") from None
+    if value is None:
+        raise TypeError("request_id must not be None: that stands for calls outside any session")
+    return value
+
+
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r}")
-
-
-class Resettable(Protocol):
-    """Something that holds on to tensors until it is reset."""
-
-    def reset(self) -> None:
-        """Lets them go."""
-
-
-class CalledModel:
-    """The model that a compiled graph is being called for, told by its weights.
-
-    Dynamo runs one compiled graph for all models of the same structure, so only the weights tell which one it is.
-
-    Attributes:
-        states: what is remembered of it; freed together with the model.
-    """
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.states: weakref.WeakSet[Resettable] = weakref.WeakSet()
-        self._weights = [weakref.ref(weight) for weight in weights]
-        self._first = Identity(weights[:1], self._free)
-        self._version = _version(weights)
-        self._owners: list[weakref.ref[nn.Module]] = []
-        self._num_announced = -1
-
-    def matches(self, weights: Sequence[Tensor]) -> bool:
-        """Whether these are the same tensors, the first of them alive and unchanged; it stands for all."""
-        return self._first.matches(weights[:1]) and self._version == _version(weights)
-
-    def _free(self) -> None:
-        for state in list(self.states):
-            state.reset()
-
-    def is_owned_by(self, model: nn.Module) -> bool:
-        """Whether any of the weights belongs to the module."""
-        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        return any(id(weight()) in own for weight in self._weights)
-
-    @property
-    def context(self) -> CallContext:
-        """What is said just now of calls of this model, or of a module that it is part of."""
-        if self._num_announced != _num_announced:
-            self._num_announced = _num_announced
-            self._owners = [weakref.ref(model) for model in list(_announced) if self.is_owned_by(model)]
-        found = CallContext()
-        for reference in self._owners:
-            if (model := reference()) is not None:
-                found = found.or_else(current_context(model))
-        return found
-
-
-def _version(weights: Sequence[Tensor]) -> int:
-    """How often the first weight was changed in place; inference tensors do not count it."""
-    return weights[0]._version if weights and not weights[0].is_inference() else 0
-
-
-class Identity:
-    """Tells whether a call is conditioned on the very same tensors as an earlier one.
-
-    Note [Identity]: a pipeline passes the same embeddings object at each step and another for the negative branch. The
-    id alone would not do, since a freed tensor's address is given to the next one: so the tensors are held as weak
-    references. A tensor refilled in place is noticed by the hash of the contents in the graph.
-
-    Args:
-        tensors: what to remember.
-        on_death: called once any of the tensors is gone.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], on_death: Callable[[], None] | None = None) -> None:
-        callback = None if on_death is None else lambda _: on_death()
-        self._references = [weakref.ref(tensor, callback) for tensor in tensors]
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether all tensors still exist; if not, no call can match any more."""
-        return all(reference() is not None for reference in self._references)
-
-    def matches(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors remembered."""
-        return all(reference() is tensor for reference, tensor in zip(self._references, tensors, strict=True))

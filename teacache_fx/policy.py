@@ -12,10 +12,11 @@ begins. A step begins a new trajectory if
 - the timestep turned back against the direction that it had,
 - the latents jumped: a sampler moves them a little at a time, another seed or another picture is far away. The limit is
   five times the larger one of the last two moves (second-order samplers alternate between a long and a short one),
-  but at least 0.1 and at most 0.9; two independent noises are 1.41 apart, and ancestral samplers at 20 steps move 0.65,
+  but at least 0.1 (0.3 while only one is known) and at most 0.9 (as long as none is); two independent noises are 1.41
+  apart, and ancestral samplers at 20 steps move 0.65,
 - or the conditioning (any input that stays the same throughout a generation) holds other numbers than before.
-A false alarm costs one computed step; a restarted trajectory knows no moves, so that two that take turns on one state
-are told apart at every turn.
+A false alarm costs one computed step. A restarted trajectory knows no moves, so that two that take turns on one state
+are told apart at every turn until they are nearer to each other than 0.9.
 
 The relative distance and its rescaling by a polynomial are those of TeaCache (arXiv 2411.19108, section 3.3); the
 epsilon is vLLM-Omni's. Nothing here looks at a value on the host: every branch is a `torch.where`.
@@ -33,7 +34,7 @@ from torch import Tensor
 
 EPSILON = 1e-8
 _JUMP = 5.0  # times the usual move of the latents
-_SMALLEST_JUMP, _LARGEST_MOVE = 0.1, 0.9
+_SMALLEST_JUMP, _SMALLEST_EARLY_JUMP, _LARGEST_MOVE = 0.1, 0.3, 0.9
 
 
 class StepReason(enum.IntEnum):
@@ -206,7 +207,8 @@ def turned_back(moved: Tensor, state: PolicyState) -> Tensor:
 def latents_jumped(evidence: Evidence, state: PolicyState) -> Tensor:
     """Whether the latents moved farther than they may within a trajectory; see Note [Trajectory guard]."""
     usual = torch.maximum(state.latents_move, state.previous_latents_move)
-    limit = torch.where(usual > 0, (_JUMP * usual).clamp(_SMALLEST_JUMP, _LARGEST_MOVE), _LARGEST_MOVE)
+    least = torch.where(state.previous_latents_move > 0, _SMALLEST_JUMP, _SMALLEST_EARLY_JUMP)
+    limit = torch.where(usual > 0, torch.maximum(_JUMP * usual, least).clamp(max=_LARGEST_MOVE), _LARGEST_MOVE)
     return evidence.latents_move > limit
 
 

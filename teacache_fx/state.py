@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teacache_fx.contexts import Identity
+from teacache_fx.identity import Identity
 from teacache_fx.policy import PolicyState, StepReason
 from teacache_fx.signature import RECORDED
 

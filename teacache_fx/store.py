@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from teacache_fx.contexts import CallContext, CalledModel, Identity
+from teacache_fx.contexts import CallContext, check_request_id
+from teacache_fx.identity import CalledModel, Identity
 from teacache_fx.policy import StepReason
 from teacache_fx.state import TeaCacheState
 
 MAX_CONTEXTS = 16
 """States that a store keeps by default; the least recently used one goes first."""
 
-_MAX_MODELS = 64
 _MAX_NEW_IN_A_ROW = 12
 _MAX_PAST = 256  # dropped states of which the statistics are kept
 
@@ -47,7 +47,7 @@ class StateStore:
 
     def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
         self._states: OrderedDict[_Key, TeaCacheState] = OrderedDict()
-        self._models: OrderedDict[tuple[int, ...], CalledModel] = OrderedDict()
+        self._models: dict[tuple[int, ...], CalledModel] = {}
         self._past: deque[TeaCacheState] = deque(maxlen=_MAX_PAST)
         self._max_contexts = max_contexts
         self._num_unnamed = 0
@@ -82,11 +82,17 @@ class StateStore:
         model = self._models.get(key)
         if model is None or not model.matches(weights):
             with self._lock:
-                for state in () if model is None else model.states:
-                    state.reset()  # its weights have changed: nobody can call for it again
-                model = self._models[key] = CalledModel(weights)
-                if len(self._models) > _MAX_MODELS:
-                    self._models.popitem(last=False)
+                model = self._models.get(key)  # another thread may have met it meanwhile
+                if model is None or not model.matches(weights):
+                    model = self._meet(key, weights, model)
+        return model
+
+    def _meet(self, key: tuple[int, ...], weights: Sequence[Tensor], former: CalledModel | None) -> CalledModel:
+        for state in () if former is None else former.states:
+            state.reset()  # its weights have changed: nobody can call for it again
+        for gone in [other for other, model in self._models.items() if not model.is_alive]:
+            del self._models[gone]
+        model = self._models[key] = CalledModel(weights)
         return model
 
     def select(
@@ -116,7 +122,8 @@ class StateStore:
         if found is None:
             return None
         state = self._states[key] = self._states.pop(found)
-        state.belong_to(_label(key[0]) or state.label, self._identity(key, conditioning, state))
+        label = state.label if key[0].name is None else _label(key[0])
+        state.belong_to(label, self._identity(key, conditioning, state))
         return state
 
     def _predecessor(self, key: _Key, conditioning: Sequence[Tensor]) -> _Key | None:
@@ -146,7 +153,7 @@ class StateStore:
 
     def _new(self, key: _Key, conditioning: Sequence[Tensor]) -> TeaCacheState:
         scope = key[0]
-        label = _label(scope) or f"context {self._num_unnamed}"
+        label = _label(scope, f"context {self._num_unnamed}")
         self._num_unnamed += scope.name is None
         self._num_new_in_a_row += 1
         reason = StepReason.SHAPE_CHANGED if self._has_other_shapes(key) else StepReason.FIRST
@@ -167,8 +174,8 @@ class StateStore:
         scope, identities = key
         return any(
             other._replace(shapes=scope.shapes) == scope and other.shapes != scope.shapes
-            for other, others in self._states
-            if scope.name is not None or others == identities
+            for (other, others), state in self._states.items()
+            if scope.name is not None or (others == identities and state.identity.is_alive)
         )
 
     def _drop(self, key: _Key) -> None:
@@ -187,7 +194,12 @@ class StateStore:
             ]
 
     def end_session(self, request_id: Hashable) -> int:
-        """Drops the states of a request and says how many there were."""
+        """Drops the states of a request and says how many there were.
+
+        Raises:
+            TypeError: `request_id` is `None` or not hashable.
+        """
+        check_request_id(request_id)
         with self._lock:
             ended = [key for key in self._states if key[0].request_id == request_id]
             for key in ended:
@@ -203,6 +215,6 @@ def _is_full(states: Sized, limit: int) -> bool:
     return len(states) >= limit
 
 
-def _label(scope: _Scope) -> str:
-    request = "" if scope.request_id is None else f"request {scope.request_id}"
-    return " ".join(part for part in (request, scope.name or "") if part)
+def _label(scope: _Scope, number: str = "") -> str:
+    request = "" if scope.request_id is None else f"request {scope.request_id} "
+    return request + (scope.name or number)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from teacache_fx.policy import Evidence, relative_move
 
-# Odd 64-bit constants with well spread bits: the golden ratio's, and the multipliers of the SplitMix64 finalizer
-# (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), as signed integers.
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MASK = 0x5555
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+# All products stay below 2**63: C++ leaves it open what an overflow gives, and inductor's code for the CPU has been
+# seen to give constants there. Multipliers and shifts are those of the 32-bit mixer "21f0aaad 735a2d97" that
+# github.com/skeeto/hash-prospector lists for its low bias; any odd multiplier would do for the places.
+_BITS = (1 << 32) - 1
+_PLACE, _MIX_1, _MIX_2 = 0x6D2B79F5, 0x21F0AAAD, 0x735A2D97
+_LOW, _HIGH = 0x5555, 0x33333333  # tell the halves of a 64-bit number apart
 
 
 def gather_evidence(
@@ -45,32 +46,46 @@ def gather_evidence(
     hashed = latents.new_zeros(batch, dtype=torch.int64)
     for number, tensor in enumerate(steady):
         one = content_hash(tensor, _has_rows(tensor, latents, per_sample)).to(latents.device)
-        hashed = hashed + one * (2 * number + 1)
+        hashed = hashed + (one & _BITS) * (2 * number + 1)
     return Evidence(time, relative_move(latents, previous_latents, per_sample), hashed)
 
 
 def content_hash(tensor: Tensor, per_sample: bool = False) -> Tensor:
-    """A 64-bit hash of the elements' bits and places: exact, and the same on every device and in every compiler.
+    """A hash of the elements' bits and places: the same on every device and in every compiler.
 
-    Integer sums wrap around and so do not depend on the order of summation, as sums of floats would.
+    A change of a single element always changes it, a change of several but for about one in 2**32. It is a sum of
+    integers, which unlike a sum of floats does not depend on the order of summation.
+
+    Args:
+        tensor: any dtype and shape.
+        per_sample: hash each entry of the first dimension, the batch, by itself.
 
     Returns:
         int64 of shape [], or [batch].
     """
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    rows = tensor.reshape(tensor.shape[0], -1) if per_sample else tensor.reshape(1, -1)
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    tensor = tensor.resolve_neg()
+    rows = (tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]) if per_sample else tensor.reshape(1, -1)
+    is_wide = rows.dtype in (torch.float64, torch.int64)
     if rows.dtype == torch.float64:
         rows = rows.view(torch.int64)
     elif rows.is_floating_point():  # exact for the shorter types too
         rows = rows.to(torch.float32).view(torch.int32)
+    bits = rows.to(torch.int64)
     place = torch.arange(rows.shape[1], dtype=torch.int64, device=rows.device)
-    # The exclusive or keeps inductor from folding the product into its index arithmetic, which overflows (torch 2.13).
-    mixed = rows.to(torch.int64) + (place ^ _MASK) * _GOLDEN
-    mixed = (mixed ^ (mixed >> 30)) * _MIX_1
-    mixed = (mixed ^ (mixed >> 27)) * _MIX_2
-    hashed = (mixed ^ (mixed >> 31)).sum(1)
+    hashed = _mixed(bits & _BITS, place ^ _LOW).sum(1)
+    if is_wide:
+        hashed = hashed + _mixed((bits >> 32) & _BITS, place ^ _HIGH).sum(1)
     return hashed if per_sample else hashed[0]
+
+
+def _mixed(bits: Tensor, place: Tensor) -> Tensor:
+    """A one-to-one map of 32-bit numbers, another one at each place (below 2**32)."""
+    mixed = bits ^ ((place * _PLACE) & _BITS)
+    mixed = ((mixed ^ (mixed >> 16)) * _MIX_1) & _BITS
+    mixed = ((mixed ^ (mixed >> 15)) * _MIX_2) & _BITS
+    return mixed ^ (mixed >> 15)
 
 
 def _has_rows(tensor: Tensor, latents: Tensor, per_sample: bool) -> bool:

@@ -17,8 +17,9 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 LEVELS = (
     {"errors", "coefficients", "policy"},
     {"advice", "contexts", "graph", "signature", "trajectory"},
-    {"config", "dataflow", "flops", "listener", "marks", "plot", "state", "render", "pin_operands"},
-    {"plan", "compilers", "extractors", "stats", "store"},
+    {"config", "dataflow", "flops", "listener", "identity", "marks", "plot", "render", "pin_operands"},
+    {"plan", "compilers", "extractors", "state"},
+    {"stats", "store"},
     {"report", "passes.base"},
     {
         "passes.branches", "passes.input_roles", "passes.modulation_patterns", "passes.pair_live_outputs",

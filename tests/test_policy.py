@@ -1,170 +1,143 @@
-"""The decision, step by step, against the algorithm written out on Python floats."""
+"""The decision, step by step, against the algorithm written out on Python numbers."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacache_fx.config import Accumulation, ResolvedConfig, TeaCacheConfig
-from teacache_fx.policy import Decision, Policy, PolicyState, StepReason
-from teacache_fx.rewrite import policy_of
-from teacache_fx.state import TeaCacheState
+from teacache_fx.policy import Decision, PolicyState, StepReason
+from tests.simulation import INF, NAN, Reference, Step, falling, plain, policy_for, reasons, run, timed
 
 R = StepReason
-NAN, INF = math.nan, math.inf
 NEAR_TIE = 1e-4
+EXACT = [(1.0, 0.0), (2.0, -0.75, 0.0625), (-0.5, 0.0), (0.125,)]  # nothing is rounded: ties are decided exactly
 FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
-POLYNOMIALS = [(1.0, 0.0), FLUX, (2.0, -0.8, 0.05), (-0.5, 0.0), (0.15,)]
-
-
-@dataclasses.dataclass
-class Reference:
-    """The algorithm on Python floats, of one context. It knows nothing of the package."""
-
-    thresh: float
-    coefficients: Sequence[float]
-    signed: bool = False
-    warmup: int = 0
-    final: int = 0
-    total: int | None = None
-    limit: int | None = None
-    accumulated: float = 0.0
-    index: int = 0
-    skips: int = 0
-    direction: int = 0
-    previous: tuple[list[float], float] | None = None
-
-    def step(self, values: list[float], time: float) -> tuple[bool, float]:
-        """Whether to compute, and the accumulated distance that was compared."""
-        rel, new = NAN, self.previous is None
-        if self.previous is not None:
-            before, time_before = self.previous
-            distance = sum(abs(a - b) for a, b in zip(values, before, strict=True)) / len(values)
-            rel = distance / (sum(map(abs, before)) / len(before) + 1e-8)
-            moved = (time > time_before) - (time < time_before)
-            new = moved * self.direction < 0
-            self.direction = moved or self.direction
-        self.previous = (values, time)
-        if new:
-            self.accumulated, self.index, self.skips, self.direction = 0.0, 0, 0, 0
-        else:
-            rescaled = sum(c * rel**power for power, c in enumerate(reversed(self.coefficients)))
-            self.accumulated += rescaled if self.signed else abs(rescaled)
-        compared = self.accumulated
-        in_final = self.total is not None and self.final > 0 and self.total - self.final <= self.index
-        spent = self.limit is not None and self.skips >= self.limit
-        compute = new or self.index < self.warmup or in_final or spent or compared >= self.thresh
-        self.index += 1
-        self.skips = 0 if compute else self.skips + 1
-        self.accumulated = 0.0 if compute else compared
-        return compute, compared
 
 
 @st.composite
-def scenarios(draw: st.DrawFn) -> tuple[Reference, list[tuple[list[float], float]]]:
-    """Settings, and steps that drift by sixteenths; timesteps mostly move one way, repeat at times, or jump back."""
-    length = draw(st.integers(1, 14))
-    small = st.sampled_from([0, 0, 0, 1, -1, 2, -3, 8])
-    values, time, forth, steps = [1.0, -2.0, 0.5, 3.0], 1000.0, draw(st.sampled_from([-20.0, 20.0])), []
-    for _ in range(length):
-        steps.append((values, time))
-        values = [value + draw(small) / 16 for value in values]
-        time += forth * draw(st.sampled_from([1, 1, 1, 1, 1, 0.5, 0, 0, -6]))
-    reference = Reference(
-        draw(st.sampled_from([0.05, 0.15, 0.3, 0.6, 1.0])),
-        draw(st.sampled_from(POLYNOMIALS)),
+def references(draw: st.DrawFn, length: int, exact: bool) -> Reference:
+    return Reference(
+        draw(st.sampled_from([0.0625, 0.125, 0.25, 0.5, 1.0])),
+        draw(st.sampled_from(EXACT)) if exact else FLUX,
         draw(st.booleans()),
         draw(st.sampled_from([0, 0, 1, 3])),
         draw(st.sampled_from([0, 1, 3])),
-        draw(st.sampled_from([None, max(1, length - 3), length, length + 5])),
+        draw(st.sampled_from([0, max(1, length - 3), length])),
         draw(st.sampled_from([None, None, 1, 2])),
     )
-    return reference, steps
 
 
-def policy_for(reference: Reference) -> Policy:
-    """The package's policy under the settings of the reference, built as the rewriting does."""
-    accumulation: Accumulation = "signed" if reference.signed else "abs"
-    config = TeaCacheConfig(
-        rel_l1_thresh=reference.thresh,
-        accumulation=accumulation,
-        num_warmup_steps=reference.warmup,
-        num_final_steps=reference.final,
-        max_consecutive_skips=reference.limit,
-    )
-    return policy_of(ResolvedConfig(config, tuple(reference.coefficients), ""))
+@st.composite
+def sequences(draw: st.DrawFn, length: int) -> list[Step]:
+    """Steps that mostly go one way; timesteps repeat at times or jump back, latents jump, another prompt comes."""
+    time, content, forth, steps = 1000.0, draw(st.integers(-2, 2)), draw(st.sampled_from([-20.0, 20.0])), []
+    for _ in range(length):
+        rel = draw(st.sampled_from([0, 1, 1, 2, 3, 5, 8, 24])) / 16
+        rel = draw(st.sampled_from([rel] * 30 + [NAN, INF]))
+        usual = st.integers(0, 12) if draw(st.integers(0, 5)) else st.integers(0, 96)
+        move = draw(st.sampled_from([draw(usual) / 64] * 30 + [NAN, INF]))
+        content = draw(st.sampled_from([content] * 12 + [content + 1, -content]))
+        steps.append(Step(rel, draw(st.sampled_from([time] * 30 + [NAN, INF, -INF])), move, content))
+        time += forth * draw(st.sampled_from([1, 1, 1, 1, 1, 0.5, 0, 0, -6]))
+    return steps
 
 
-def run(policy: Policy, values: Sequence[Any], times: Sequence[Any], total: int = 0) -> list[Decision]:
-    """Decides step after step; what is compared with is the step before."""
-    state, previous, decisions = PolicyState.initial(total), torch.zeros(()), []
-    for value, time in zip(values, times, strict=True):
-        current = torch.as_tensor(value, dtype=torch.float32)
-        decisions.append(policy.decide(current, previous, torch.as_tensor(time), state))
-        state, previous = decisions[-1].state, current
-    return decisions
+@st.composite
+def scenarios(draw: st.DrawFn, exact: bool) -> tuple[Reference, list[Step]]:
+    length = draw(st.integers(1, 14))
+    return draw(references(length, exact)), draw(sequences(length))
 
 
-def reasons(decisions: list[Decision]) -> list[StepReason]:
-    return [StepReason(int(decision.reason)) for decision in decisions]
+def finite(value: float) -> float:
+    """A polynomial of infinity is infinite or NaN, depending on the order of its terms."""
+    return value if math.isfinite(value) else NAN
 
 
-def plain(thresh: float = 0.25, rescale: Callable[[Tensor], Tensor] = lambda rel: rel, **fields: Any) -> Policy:
-    return Policy(thresh, rescale, **fields)
+def carried(state: PolicyState) -> list[float]:
+    return [float(field) for field in state]
 
 
-def ramp(*changes: float) -> list[float]:
-    """Values that change by these relative amounts, the first being 1."""
-    return [float(value) for value in np.cumprod([1.0, *(1 + change for change in changes)])]
+def expected(reference: Reference) -> list[float]:
+    """Fields of `PolicyState`, in order."""
+    counts = [reference.accumulated, reference.index, reference.skips]
+    return [*counts, reference.time, reference.direction, *reference.moves, reference.content, reference.total]
 
 
-def falling(count: int) -> list[float]:
-    return [1000.0 - 20 * i for i in range(count)]
+def check(reference: Reference, steps: list[Step], tolerance: float) -> None:
+    policy = policy_for(reference)
+    twin = replace(reference)
+    for step, decision in zip(steps, run(policy, steps, reference.total), strict=True):
+        reason, compared = twin.step(step)
+        if tolerance and abs(compared - twin.thresh) < NEAR_TIE * max(1, abs(compared)):
+            return  # float32 may fall on the other side
+        assert reasons([decision]) == [getattr(R, reason)]
+        assert bool(decision.should_compute) == (reason != "SKIPPED")
+        begins = reason in ("FIRST", "TRAJECTORY_RESTARTED", "CONDITIONING_CHANGED")
+        assert float(decision.rel_l1) == pytest.approx(NAN if begins else step.rel, nan_ok=True, abs=0, rel=0)
+        near: dict[str, Any] = {"rel": tolerance, "abs": tolerance / 10, "nan_ok": True}
+        assert finite(float(decision.accumulated)) == pytest.approx(finite(compared), **near)
+        assert carried(decision.state) == pytest.approx(expected(twin), **near)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(scenarios())
-def test_decides_as_the_reference(scenario: tuple[Reference, list[tuple[list[float], float]]]) -> None:
-    reference, steps = scenario
-    policy, state = policy_for(reference), PolicyState.initial(reference.total or 0)
-    previous = torch.zeros(4)
-    for values, time in steps:
-        current = torch.tensor(values)
-        compute, compared = reference.step(values, time)
-        if abs(compared - reference.thresh) < NEAR_TIE * max(1, abs(compared)):
-            return  # float32 may fall on the other side
-        decision = policy.decide(current, previous, torch.tensor([time]), state)
-        assert bool(decision.should_compute) == compute
-        assert (reasons([decision]) == [R.SKIPPED]) == (not compute)
-        assert float(decision.accumulated) == pytest.approx(compared, rel=1e-4, abs=1e-5)
-        state, previous = decision.state, current
-        assert float(state.accumulated_rel_l1_distance) == pytest.approx(reference.accumulated, rel=1e-4, abs=1e-5)
-        assert (int(state.step_index), int(state.consecutive_skips)) == (reference.index, reference.skips)
-        assert (float(state.previous_timestep), int(state.timestep_direction)) == (time, reference.direction)
-        assert int(state.num_inference_steps) == (reference.total or 0)
+@given(scenarios(exact=True))
+def test_decides_exactly_as_the_reference(scenario: tuple[Reference, list[Step]]) -> None:
+    check(*scenario, tolerance=0.0)
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_the_scenarios_hold_skips_and_computes(signed: bool) -> None:
-    def mixed(scenario: tuple[Reference, list[tuple[list[float], float]]]) -> bool:
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(scenarios(exact=False))
+def test_decides_as_the_reference_with_a_published_polynomial(scenario: tuple[Reference, list[Step]]) -> None:
+    check(*scenario, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("reason", [reason.name for reason in R if reason is not R.SHAPE_CHANGED])
+def test_the_scenarios_hold_every_reason(reason: str) -> None:
+    def holds(scenario: tuple[Reference, list[Step]]) -> bool:
         reference, steps = scenario
-        computes = [reference.step(*step)[0] for step in steps]
-        return reference.signed == signed and any(computes[1:]) and computes.count(False) >= 2
+        twin = replace(reference)
+        found = [twin.step(step)[0] for step in steps]
+        return reason in found
 
-    find(scenarios(), mixed, settings=settings(max_examples=1000, phases=[Phase.generate], derandomize=True))
+    find(scenarios(exact=True), holds, settings=settings(max_examples=1000, phases=[Phase.generate], derandomize=True))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Reference, list[list[Step]]]:
+    length, size = draw(st.integers(1, 10)), draw(st.integers(1, 4))
+    samples = [draw(sequences(length)) for _ in range(size)]
+    return draw(references(length, exact=draw(st.booleans()))), [list(steps) for steps in zip(*samples, strict=True)]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(batches())
+def test_a_batch_decides_exactly_as_its_samples_alone(batch: tuple[Reference, list[list[Step]]]) -> None:
+    reference, steps = batch
+    policy, alone = policy_for(reference, per_sample=True), policy_for(reference)
+    together = run(policy, steps, reference.total)
+    for number, sample in enumerate(zip(*steps, strict=True)):
+        for one, all_ in zip(run(alone, sample, reference.total), together, strict=True):
+            assert rows(all_, number) == pytest.approx(rows(one, None), rel=0, abs=0, nan_ok=True)
+
+
+def rows(decision: Decision, number: int | None) -> list[float]:
+    def of(value: Tensor) -> float:
+        return float(value if number is None else value[number])
+
+    *state, total = decision.state
+    assert total.shape == ()
+    return [*map(of, decision[:-1]), *map(of, state), float(total)]
 
 
 def test_accumulates_until_the_threshold_and_starts_again() -> None:
-    decisions = run(plain(), ramp(0.1, 0.1, 0.1, 0.2, 0.3, 0.0), falling(7))
+    decisions = run(plain(), falling(0.1, 0.1, 0.1, 0.2, 0.3, 0.0))
     assert reasons(decisions) == [R.FIRST, R.SKIPPED, R.SKIPPED, R.THRESHOLD, R.SKIPPED, R.THRESHOLD, R.SKIPPED]
     compared = [float(decision.accumulated) for decision in decisions]
     assert compared == pytest.approx([0, 0.1, 0.2, 0.3, 0.2, 0.5, 0], abs=1e-6)
@@ -176,41 +149,54 @@ def test_accumulates_until_the_threshold_and_starts_again() -> None:
 
 
 def test_reaching_the_threshold_exactly_computes() -> None:
-    assert reasons(run(plain(0.25), [1.0, 1.125, 1.265625], falling(3)))[1:] == [R.SKIPPED, R.THRESHOLD]
-
-
-def test_compares_with_the_step_before_even_if_it_was_skipped() -> None:
-    state, policy = TeaCacheState("drift"), plain(10.0)
-    rel = []
-    for value, time in zip([1.0, 1.5, 2.25, 1.125], falling(4), strict=True):
-        previous, _, *scalars = state.inputs(lambda: [torch.zeros(2), torch.zeros(2)], 0)
-        current = torch.full((2,), value)
-        decision = policy.decide(current, previous, torch.tensor(time), PolicyState(*scalars))
-        record = [decision.reason, decision.rel_l1, decision.accumulated]
-        state.advance([current, torch.zeros(2), *decision.state[:-1], *record])
-        rel.append(float(decision.rel_l1))
-    assert rel[1:] == [0.5, 0.5, 0.5]  # with the last computed step as base they were 0.5, 1.25 and 0.125
-    assert [int(reason) for reason, *_ in state.records] == [R.FIRST, R.SKIPPED, R.SKIPPED, R.SKIPPED]
+    assert reasons(run(plain(0.25), falling(0.125, 0.125)))[1:] == [R.SKIPPED, R.THRESHOLD]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("again", [1, -1])
 def test_a_timestep_turned_back_starts_a_generation(sign: int, again: int) -> None:
     times = [sign * t for t in [3, 2, 1, 9, 9 + again, 9 + 2 * again, 9 - again]]  # again=1: then the other way
-    decisions = run(plain(num_warmup_steps=2), [1.0] * 7, times)
+    decisions = run(plain(num_warmup_steps=2), timed(*times))
     fresh = [R.TRAJECTORY_RESTARTED, R.WARMUP, R.SKIPPED, R.TRAJECTORY_RESTARTED]
     assert reasons(decisions) == [R.FIRST, R.WARMUP, R.SKIPPED, *fresh]
     assert [int(decision.state.step_index) for decision in decisions] == [1, 2, 3, 1, 2, 3, 1]
     assert math.isnan(float(decisions[3].rel_l1))
 
 
-def test_a_restart_forgets_the_distance_of_the_generation_before() -> None:
-    decisions = run(plain(), [1.0, 1.2, 1.2, 1.2], [2, 1, 9, 8])
-    assert reasons(decisions) == [R.FIRST, R.SKIPPED, R.TRAJECTORY_RESTARTED, R.SKIPPED]
-    assert [float(decision.accumulated) for decision in decisions[2:]] == [0, 0]
-
-
 @pytest.mark.parametrize("sign", [1, -1])
-def test_repeated_timesteps_do_not_restart(sign: int) -> None:
+def test_repeated_and_upward_timesteps_do_not_restart(sign: int) -> None:
     times = [sign * t for t in [10, 10, 8, 8, 6, 6, 6, 4]]
-    assert reasons(run(plain(), [1.0] * 8, times)) == [R.FIRST] + [R.SKIPPED] * 7
+    assert reasons(run(plain(), timed(*times))) == [R.FIRST] + [R.SKIPPED] * 7
+
+
+@pytest.mark.parametrize(
+    ("begin", "reason"),
+    [
+        (Step(0.125, 900.0), R.TRAJECTORY_RESTARTED),
+        (Step(0.125, 500.0, move=1.4), R.TRAJECTORY_RESTARTED),
+        (Step(0.125, 500.0, content=7), R.CONDITIONING_CHANGED),
+    ],
+)
+def test_a_beginning_forgets_the_distance_and_the_moves(begin: Step, reason: StepReason) -> None:
+    before = [Step(0.125, 700.0), Step(0.125, 600.0, move=0.05)]
+    after = [Step(0.125, begin.time - 1, 0.8, begin.content), Step(0.125, begin.time - 2, 0.89, begin.content)]
+    decisions = run(plain(num_final_steps=1), [*before, begin, *after], total=3)
+    assert reasons(decisions) == [R.FIRST, R.SKIPPED, reason, R.SKIPPED, R.FINAL]
+    assert [float(decision.accumulated) for decision in decisions] == [0, 0.125, 0, 0.125, 0.25]
+
+
+def test_the_same_conditioning_as_in_the_generation_before_last_is_another_one() -> None:
+    steps = [Step(0.0, 1000.0 - i, content=content) for i, content in enumerate([5, 5, 6, 6, 5, 0, 0])]
+    again = R.CONDITIONING_CHANGED
+    assert reasons(run(plain(), steps)) == [R.FIRST, R.SKIPPED, again, R.SKIPPED, again, again, R.SKIPPED]
+
+
+def test_one_sample_that_begins_anew_leaves_the_others_alone() -> None:
+    smooth = [Step(0.0625, 1000.0 - i) for i in range(4)]
+    upset = [*smooth[:2], Step(0.0625, 998.0, move=1.4), smooth[3]]
+    decisions = run(plain(per_sample=True), [list(steps) for steps in zip(smooth, upset, smooth, strict=True)])
+    restarted = R.TRAJECTORY_RESTARTED
+    assert decisions[2].reason.tolist() == [R.SKIPPED, restarted, R.SKIPPED]
+    assert decisions[3].accumulated.tolist() == [0.1875, 0.0625, 0.1875]
+    assert decisions[3].state.step_index.tolist() == [4, 2, 4]
+    assert torch.isnan(decisions[2].rel_l1).tolist() == [False, True, False]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from teacache_fx import listener, policy, rewrite, state, store
-from teacache_fx.contexts import CallContext, CalledModel
+from teacache_fx.contexts import CallContext
+from teacache_fx.identity import CalledModel
 from teacache_fx.passes import branches, insert_cond
 from tests.faults.scene import replaced
 
