@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -62,13 +63,9 @@ def captured(model: nn.Module, inputs: dict[str, Any]) -> tuple[CachedGraph, Seq
             super().__init__(record, *rest)
             graphs.append(self)
 
-    original, graph_backend.CachedGraph = graph_backend.CachedGraph, Recording  # type: ignore[misc]
-    try:
-        backend = TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager", on_decline="raise")
-        with torch.no_grad():
-            torch.compile(model, backend=backend, fullgraph=True)(**inputs)
-    finally:
-        graph_backend.CachedGraph = original  # type: ignore[misc]
+    backend = TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager", on_decline="raise")
+    with torch.no_grad(), mock.patch.object(graph_backend, "CachedGraph", Recording):
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
     return graphs[0], calls[0]
 
 

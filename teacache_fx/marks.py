@@ -8,7 +8,7 @@ from torch import fx
 from teacache_fx.graph import copy_graph_module
 
 
-@torch._dynamo.allow_in_graph
+@torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]
 def mark_value(value: torch.Tensor, role: str) -> torch.Tensor:  # noqa: ARG001 - read from the graph
     """Says which role a value of the graph plays; dynamo keeps the call as a node without looking inside."""
     return value

@@ -89,7 +89,7 @@ class TeaCacheState:
             outputs: all that the rewriting has added to the graph's outputs.
         """
         count = len(inputs) - _NUM_SCALARS
-        scalars = PolicyState(*outputs[count : -len(RECORDED)], inputs[-1])
+        scalars = PolicyState._make([*outputs[count : -len(RECORDED)], inputs[-1]])
         self.memory = Memory(tuple(outputs[:count]), scalars)
         self.steps_since_reset += 1
         self.steps_with_identity += 1

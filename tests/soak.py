@@ -111,7 +111,8 @@ class Soak:
         generator = torch.Generator().manual_seed(dice.randrange(1 << 30))
         shape = (dice.choice(BATCHES), dice.choice(TOKENS), toys.CHANNELS)
         in_session = dice.random() < 0.5
-        names = dice.choice(((None,), ("cond", "uncond"), ("cond", "uncond", "uncond_stg")))
+        choices: list[tuple[str | None, ...]] = [(None,), ("cond", "uncond"), ("cond", "uncond", "uncond_stg")]
+        names = dice.choice(choices)
         if not in_session and len(names) > 1:
             names = (None,) * len(names)  # told apart by the identity of their prompts
 

@@ -151,10 +151,11 @@ def test_validate(changes: dict[str, Any], error: type[Exception], message: str)
 
 def test_an_extractor_that_is_wrong_says_so_at_the_first_call() -> None:
     model, inputs = toys.make(TwoAttributesDiT), toys.inputs()
-    for extractor, error, message in (
+    cases: tuple[tuple[Any, type[Exception], str], ...] = (
         (lambda *_, **__: None, TypeError, "must return a CacheContext, got NoneType"),
         (lambda *_, **__: _context(temb=None), TypeError, "temb must be a tensor"),
-    ):
+    )
+    for extractor, error, message in cases:
         register("TwoAttributesDiT", extractor)
         hooked = toys.make(TwoAttributesDiT)
         apply_teacache_hook(hooked)

@@ -191,4 +191,4 @@ def test_wrong_uses_say_what_to_do() -> None:
 
 def test_unknown_names_are_no_attributes() -> None:
     with pytest.raises(AttributeError, match="no attribute 'TeaCacheHooks'"):
-        _ = teacache_fx.TeaCacheHooks  # type: ignore[attr-defined]
+        _ = teacache_fx.TeaCacheHooks

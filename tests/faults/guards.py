@@ -26,7 +26,8 @@ def _scope_without(field: str) -> Callable[..., Any]:
     original = store._Scope
 
     def scope(*values: Any) -> Any:
-        return original(*values)._replace(**{field: None})
+        fields = original(*values)._asdict()
+        return original(**{**fields, field: None})
 
     return scope
 

@@ -200,7 +200,7 @@ def _() -> None:
         assert scene.play(Generation(seed, embeddings, start=0.0, stride=-20.0), 3) == FRESH
 
 
-class CachedDiT(toys.ToyDiT, CacheMixin):
+class CachedDiT(toys.ToyDiT, CacheMixin):  # type: ignore[misc]
     """With diffusers' `cache_context` and its reset at the end of a pipeline call."""
 
 
@@ -209,7 +209,7 @@ class CachedDiT(toys.ToyDiT, CacheMixin):
     "computed, and the memory was freed", "reset at the end",
 )  # fmt: skip
 def _() -> None:
-    model = toys.make(CachedDiT)
+    model: Any = toys.make(CachedDiT)
     scene, run = Scene(model=model), Generation(0, prompt())
     inputs = run.inputs()
     assert scene.run(inputs) == COMPUTED
@@ -335,7 +335,7 @@ def _() -> None:
     "each thread is heard by itself", "one context per thread",
 )  # fmt: skip
 def _() -> None:
-    model = toys.make(CachedDiT)
+    model: Any = toys.make(CachedDiT)
     scene, runs = Scene(model=model), {name: Generation(0, prompt(seed)) for seed, name in enumerate(("one", "two"))}
     scene.run(runs["one"].inputs())  # from now on names are heard
 
