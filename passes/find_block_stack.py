@@ -14,9 +14,11 @@ from teacache_fx.flops import approximate, is_matmul, total_flops
 from teacache_fx.graph import block_of, op_name
 from teacache_fx.passes.base import PassContext
 from teacache_fx.passes.input_roles import find_latents
-from teacache_fx.passes.pair_live_outputs import describe_pair, pair_live_outputs
+from teacache_fx.passes.pair_live_outputs import LivePair, describe_pair, pair_live_outputs
 from teacache_fx.plan import BlockList, BlockStack
 
+_Lists = dict[str, dict[int, list[fx.Node]]]
+_Paired = tuple[_Lists, list[LivePair], set[fx.Node]]
 _ATTENTION = {"scaled_dot_product_attention", "flex_attention", "softmax"}
 
 
@@ -38,10 +40,12 @@ class FindBlockStack:
 
     Attributes:
         smallest_share: lists with less than this share of the largest list's FLOPs are not part of the stack.
+        smallest_rest: first lists may be left out as long as this share of all lists' FLOPs remains.
     """
 
     name: str = "find-block-stack"
     smallest_share: float = 0.02
+    smallest_rest: float = 0.5
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
         if ctx.stack is not None:
@@ -52,9 +56,7 @@ class FindBlockStack:
         lists = self._qualifying_lists(flow, dependent)
         if not lists:
             raise _no_stack(flow, dependent)
-        owned = {node for blocks in lists.values() for nodes in blocks.values() for node in nodes}
-        core = _between(flow, owned & dependent) & flow.live
-        pairs, region = pair_live_outputs(flow, core, dependent)
+        lists, pairs, region = self._paired(flow, lists, dependent)
         ctx.stack = BlockStack(
             lists=tuple(_describe(path, blocks, flow) for path, blocks in lists.items()),
             latents=latents.name,
@@ -63,15 +65,37 @@ class FindBlockStack:
         )
         return False
 
-    def _qualifying_lists(self, flow: Dataflow, dependent: set[fx.Node]) -> dict[str, dict[int, list[fx.Node]]]:
+    def _paired(self, flow: Dataflow, lists: _Lists, dependent: set[fx.Node]) -> _Paired:
+        """The lists with a residual for what leaves them.
+
+        Image refiners come before text joins the sequence: of the whole nothing that enters is shaped like what leaves.
+        So if need be the first list is left outside, as long as most of the work remains.
+        """
+        refusal: Declined | None = None
+        for first in range(len(lists)):
+            kept = dict(list(lists.items())[first:])
+            if refusal is not None and _flops(kept) < self.smallest_rest * _flops(lists):
+                break
+            owned = {node for blocks in kept.values() for nodes in blocks.values() for node in nodes}
+            core = _between(flow, owned & dependent) & flow.live
+            try:
+                return kept, *pair_live_outputs(flow, core, dependent)
+            except Declined as declined:
+                refusal = refusal or declined
+                if declined.reason is not DeclineReason.NO_MATCHING_INPUT:
+                    break
+        assert refusal is not None
+        raise refusal
+
+    def _qualifying_lists(self, flow: Dataflow, dependent: set[fx.Node]) -> _Lists:
         lists = _blocks_of_lists(flow.sort(dependent))
         chains = {path: blocks for path, blocks in lists.items() if _is_repeated(blocks) and _is_chain(blocks, flow)}
-        weights = {path: approximate(total_flops(_flat(blocks))) for path, blocks in chains.items()}
+        weights = {path: _flops({path: blocks}) for path, blocks in chains.items()}
         least = self.smallest_share * max(weights.values(), default=0.0)
         return {path: blocks for path, blocks in chains.items() if weights[path] >= least}
 
 
-def _blocks_of_lists(nodes: Iterable[fx.Node]) -> dict[str, dict[int, list[fx.Node]]]:
+def _blocks_of_lists(nodes: Iterable[fx.Node]) -> _Lists:
     lists: dict[str, dict[int, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
     for node in nodes:
         if node.op != "placeholder" and (owner := block_of(node)):
@@ -100,6 +124,10 @@ def _is_chain(blocks: dict[int, list[fx.Node]], flow: Dataflow) -> bool:
 def _between(flow: Dataflow, nodes: set[fx.Node]) -> set[fx.Node]:
     """The nodes and everything on a way from one of them to another."""
     return flow.forward(nodes) & flow.backward(nodes)
+
+
+def _flops(lists: _Lists) -> float:
+    return approximate(sum(total_flops(_flat(blocks)) for blocks in lists.values()))
 
 
 def _flat(blocks: dict[int, list[fx.Node]]) -> list[fx.Node]:

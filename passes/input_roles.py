@@ -79,7 +79,9 @@ def find_timestep(flow: Dataflow, latents: str) -> fx.Node:
 
 def _is_small(node: fx.Node) -> bool:
     value = fake_value(node)
-    return isinstance(value, torch.Tensor) and value.ndim <= 2 and not value.is_complex() and value.dtype != torch.bool
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.dtype == torch.bool:
+        return False
+    return value.ndim <= 2 or (value.ndim == 3 and time_word_score(node) >= _ENOUGH)  # per frame or token
 
 
 def _time_score(node: fx.Node, flow: Dataflow) -> int:

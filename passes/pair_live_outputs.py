@@ -13,6 +13,7 @@ from teacache_fx.graph import fake_tensors, fake_value, op_name, same_shape, ten
 from teacache_fx.plan import LiveOutput
 
 _SPINE = {"add", "__add__", "__radd__", "iadd", "add_", "sub", "cat", "concat", "dropout", "clone", "contiguous", "to"}
+_LAYOUT = {"getitem", "reshape", "flatten", "contiguous", "clone"}  # these may copy, and so be no views
 _SPINE |= {"clip", "clamp", "where", "nan_to_num"}
 
 
@@ -49,7 +50,7 @@ def pair_live_outputs(
             return [LivePair(value, base) for value, base in bases.items() if base is not None], region
         for value in unpaired:
             users = _users_behind(value, flow, region)
-            if any(view_source(user) is not value and op_name(user) != "getitem" for user in users):
+            if not all(view_source(user) is value or op_name(user) in _LAYOUT for user in users):
                 raise _no_base(value, inputs)
             region.update(users)
 

@@ -59,9 +59,11 @@ class TeaCacheBackend(GraphBackend):
             ValueError: a transformer has TeaCache already, or is compiled already.
         """
         _check_diffusers()
-        from teacache_fx.hook import apply_teacache_hook
+        from teacache_fx.hook import apply_teacache_hook, check_applicable
 
         transformers = _transformers(pipeline)
+        for transformer in transformers:
+            check_applicable(transformer)  # all of them before the first is changed
         for transformer in transformers:
             apply_teacache_hook(transformer, self)
             self._enabled.add(transformer)
@@ -74,7 +76,7 @@ class TeaCacheBackend(GraphBackend):
             TypeError: the pipeline has no transformer.
         """
         for transformer in _transformers(pipeline):
-            if transformer in self._enabled:
+            if (transformer := original(transformer)) in self._enabled:
                 from teacache_fx.hook import remove_teacache_hook
 
                 remove_teacache_hook(transformer)
@@ -104,6 +106,7 @@ class TeaCacheBackend(GraphBackend):
             if advice := advice_on_length(num_inference_steps):
                 warnings.warn(advice, TeaCacheWarning, stacklevel=2)
         for transformer in _transformers(pipeline):
+            transformer = original(transformer)
             self.reset_state(transformer)
             set_num_inference_steps(transformer, num_inference_steps)
             if verbose:
@@ -113,7 +116,7 @@ class TeaCacheBackend(GraphBackend):
 
 def _transformers(pipeline: Any) -> list[nn.Module]:
     found = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]
-    transformers = [original(model) for model in found if isinstance(model, nn.Module)]
+    transformers = [model for model in found if isinstance(model, nn.Module)]
     if not transformers:
         raise TypeError(
             f"pipeline {type(pipeline).__name__} has no transformer; pass a pipeline with a `transformer`, or compile "

@@ -20,7 +20,7 @@ from teacache_fx.rewrite import Pipeline
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
     """Captures the model, runs the analysis, and reports the plan or why there is none. Nothing is compiled.
 
-    The model runs once, eagerly and without gradients. Where the capture breaks into several graphs, the report is
+    The model runs twice, eagerly and without gradients. Where the capture breaks into several graphs, the report is
     that of the graph which holds the blocks, or else of the largest one.
 
     Args:
@@ -47,6 +47,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
         reports.append(report_of(gm, type(root).__name__ if root is not None else name))
         return gm.forward
 
+    with torch.no_grad():
+        model.forward(*args, **kwargs)  # some models build tables at their first call, which dynamo could not capture
     # A limit of its own: explaining must not eat up the recompilations that the user's own compile may need.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         # Of the forward, since calling a model that is compiled in place would run what it was compiled to.

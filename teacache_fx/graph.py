@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 _FAKE_KEYS = ("example_value", "val")  # dynamo and export name them differently
 _ATTRIBUTE_STEP = re.compile(r"\.__dict__\['_modules'\]\['(\w+)'\]|\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]")
 _WEIGHT_CONTAINERS = ("_parameters", "_buffers")
+_FIRST_STEP = re.compile(r"\.__dict__\['_modules'\]|\._modules\[")
 _MODULE_CONTAINERS = (*_WEIGHT_CONTAINERS, "_modules")
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -152,8 +153,12 @@ def block_of(node: fx.Node) -> tuple[str, int, str] | None:
 
 
 def clean_path(raw: str) -> str:
-    """Turns dynamo's `L['self'].__dict__['_modules']['blocks'].0.norm` into `blocks.0.norm`."""
-    path = re.sub(r"^L\['self'\]|^self", "", raw)
+    """Turns dynamo's `L['self'].__dict__['_modules']['blocks'].0.norm` into `blocks.0.norm`.
+
+    Beneath other wrappers of a forward the model is `L['module']`, or `L['fn'].args[0]`.
+    """
+    first = _FIRST_STEP.search(raw)
+    path = raw[first.start() :] if first else re.sub(r"^L\['(?:self|module)'\]|^self", "", raw)
     path = _ATTRIBUTE_STEP.sub(lambda step: "." + next(part for part in step.groups() if part), path)
     return path.strip(".")
 
@@ -169,7 +174,9 @@ def source_name(placeholder: fx.Node) -> str:
 def is_user_input(placeholder: fx.Node) -> bool:
     """Whether the caller passes this input at each call, as against a parameter, buffer or attribute of the model."""
     name = source_name(placeholder)
-    from_module = name.startswith(("L['self']", "G[")) or any(part in name for part in _MODULE_CONTAINERS)
+    from_module = name.startswith(("L['self']", "L['module']", "G[")) or any(
+        part in name for part in _MODULE_CONTAINERS
+    )
     return placeholder.op == "placeholder" and not from_module
 
 
@@ -214,10 +221,11 @@ def compiled_root() -> nn.Module | None:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        root = InstructionTranslator.current_tx().output.local_scope.get("self")
+        scope = InstructionTranslator.current_tx().output.local_scope
     except (AttributeError, LookupError):  # not called by dynamo
         return None
-    return root if isinstance(root, nn.Module) else None
+    candidates = (scope.get("self"), scope.get("module"))  # the latter in accelerate's and diffusers' wrappers
+    return next((root for root in candidates if isinstance(root, nn.Module)), None)
 
 
 def runs_under_vmap(graph: fx.Graph) -> bool:

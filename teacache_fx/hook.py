@@ -78,6 +78,8 @@ class TeaCacheHook(ListeningHook):
 
     def _compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         forward = _with_own_code(self.fn_ref.original_forward)
+        with torch.no_grad():
+            forward(*args, **kwargs)  # some models build tables at their first call, which dynamo could not capture
         if self.extractor_fn is not None:
             validated(self.extractor_fn, module, *args, **kwargs)
             forward = extracted_forward(self.extractor_fn).__get__(module)
@@ -121,6 +123,13 @@ def apply_teacache_hook(module: nn.Module, config: TeaCacheConfig | GraphBackend
         TypeError: `module` is no module, or `config` is neither.
         ValueError: TeaCache is applied already, or the module is compiled already.
     """
+    check_applicable(module)
+    with _beneath_offloading(module):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(TeaCacheHook(config), HOOK_NAME)
+
+
+def check_applicable(module: nn.Module) -> None:
+    """Raises what `apply_teacache_hook` would raise for the module."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {module!r}")
     if original(module) is not module or module._compiled_call_impl is not None:
@@ -132,8 +141,6 @@ def apply_teacache_hook(module: nn.Module, config: TeaCacheConfig | GraphBackend
         raise ValueError(
             f"TeaCache is applied to this {type(module).__name__} already; remove_teacache_hook(module) removes it"
         )
-    with _beneath_offloading(module):
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(TeaCacheHook(config), HOOK_NAME)
 
 
 def remove_teacache_hook(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from teacache_fx.config import ResolvedConfig
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.graph import copy_graph_module, fake_value, runs_under_vmap
 from teacache_fx.marks import take_marks
+from teacache_fx.modes import without_idle_modes
 from teacache_fx.passes import ANALYSIS, REWRITING, Pass, PassContext
 from teacache_fx.passes.verify import verify
 from teacache_fx.plan import CachePlan
@@ -58,7 +59,7 @@ class Pipeline:
     def __init__(self, gm: fx.GraphModule, observer: Observer | None = None) -> None:
         self._observer = observer
         self.timings: dict[str, float] = {}
-        self.original, marked = take_marks(gm)
+        self.original, marked = take_marks(without_idle_modes(gm))
         self.gm = self.original
         self.context = PassContext(marked=marked)
         self._known = {node.name for node in self.gm.graph.nodes}

@@ -17,7 +17,7 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 LEVELS = (
     {"errors", "coefficients", "policy"},
     {"advice", "contexts", "graph", "signature", "trajectory"},
-    {"config", "dataflow", "flops", "listener", "identity", "marks", "plot", "render", "pin_operands"},
+    {"config", "dataflow", "flops", "listener", "identity", "marks", "modes", "plot", "render", "pin_operands"},
     {"plan", "compilers", "extractors", "state"},
     {"stats", "store"},
     {"report", "passes.base"},
