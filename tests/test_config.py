@@ -30,6 +30,7 @@ def test_defaults_are_those_of_the_design_and_frozen() -> None:
         "num_final_steps": 0,
         "num_inference_steps": None,
         "max_consecutive_skips": None,
+        "granularity": "batch",
     }
     assert TeaCacheConfig.field_names() == list(dataclasses.asdict(TeaCacheConfig()))
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -237,7 +238,7 @@ def test_refuses_an_unknown_transformer_type_and_lists_the_known() -> None:
 def test_transformer_type_overrides_the_class() -> None:
     row = published("HunyuanVideoTransformer3DModel")
     assert row is not None
-    resolved = TeaCacheConfig(transformer_type=row.name).resolve("FluxTransformer2DModel")
+    resolved = TeaCacheConfig(rel_l1_thresh=0.1, transformer_type=row.name).resolve("FluxTransformer2DModel")
     assert resolved.coefficients == row.coefficients
 
 

@@ -243,8 +243,11 @@ def test_models_that_share_a_compiled_graph_do_not_share_states() -> None:
         with cache_context(second, "named"):
             compiled[1](**_step(inputs, 2))
     assert len(backend.reports) == 1, "dynamo runs one graph for both: only the weights tell them apart"
-    assert {context.name for context in backend.stats().contexts} == {"context 0", "context 1", "named"}
-    assert [_reasons(backend, i) for i in range(3)] == [[FIRST, SKIPPED], [FIRST, SKIPPED], [FIRST]]
+    # The second model's context is the same one once it has a name: nothing but the name has changed.
+    assert {context.name: [step.reason for step in context.steps] for context in backend.stats().contexts} == {
+        "context 0": [FIRST, SKIPPED],
+        "named": [FIRST, SKIPPED, SKIPPED],
+    }
 
 
 def test_prompt_changed_in_place_is_another_prompt() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -25,6 +27,25 @@ def test_both_branches(inner: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
     steps = backend.stats().contexts[0].steps
     assert [step.reason for step in steps] == [StepReason.FIRST, StepReason.SKIPPED]
+
+
+def test_the_python_side_never_waits_for_the_device() -> None:
+    """All that waits in a step is the cond, for its predicate."""
+    model = toys.make().to("cuda")
+    inputs = {key: value.to("cuda") for key, value in toys.inputs().items()}
+    backend = TeaCacheBackend(rel_l1_thresh=1e3, coefficients=[1.0, 0.0], inner="inductor", on_decline="raise")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(**inputs)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                compiled(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) <= 1, [str(wait.message) for wait in waits]
 
 
 def test_devices_have_states_of_their_own() -> None:
