@@ -38,7 +38,8 @@ _REMEDIES = {
     DeclineReason.NO_REPEATED_BLOCKS: (
         "compile the whole transformer; two or more of its blocks must be modules of one class in a list that carry "
         "the latents one to the next "
-        "(if the capture broke inside the block loop, compile with fullgraph=True to see where)"
+        "(if the capture broke inside the block loop, compile with fullgraph=True to see where; "
+        "TeaCacheBackend.enable and apply_teacache_hook capture more)"
     ),
     DeclineReason.SINGLE_BLOCK: (
         "compile the whole transformer (transformer.compile(backend=...)) instead of its blocks one by one "

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from teacache_fx.coefficients import evaluate, horner
 from teacache_fx.config import TeaCacheConfig
@@ -21,6 +23,10 @@ from teacache_fx.graph_backend import GraphBackend
 from teacache_fx.listener import ListeningHook
 
 HOOK_NAME = "teacache"
+
+# Without these dynamo breaks the graph where a size follows from a mask or from the experts chosen: within the blocks,
+# in some models. With them it fails where such a size decides what to do.
+_CAPTURE_MORE = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 
 
 class TeaCacheHook(ListeningHook):
@@ -45,6 +51,7 @@ class TeaCacheHook(ListeningHook):
         self.backends.add(self.backend)
         self.config = self.backend.config
         self.extractor_fn: Callable[..., Any] | None = None
+        self._capture = _CAPTURE_MORE
         self._compiled: Callable[..., Any] | None = None
 
     def rescale_func(self, rel_l1: Tensor) -> Tensor:
@@ -72,9 +79,20 @@ class TeaCacheHook(ListeningHook):
         Returns:
             what its forward returns.
         """
-        if self._compiled is None:
-            self._compiled = self._compile(module, args, kwargs)
-        return self._compiled(*args, **kwargs)
+        try:
+            return self._call(module, args, kwargs)
+        except (GuardOnDataDependentSymNode, UserError):
+            if not self._capture:
+                raise
+            self._capture, self._compiled = {}, None  # rather a graph break than none at all
+            return self._call(module, args, kwargs)
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # The settings count at each call, since dynamo would compile anew for others.
+        with torch._dynamo.config.patch(self._capture):
+            if self._compiled is None:
+                self._compiled = self._compile(module, args, kwargs)
+            return self._compiled(*args, **kwargs)
 
     def _compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         forward = _with_own_code(self.fn_ref.original_forward)

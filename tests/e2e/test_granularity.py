@@ -28,7 +28,7 @@ def _row(inputs: dict[str, Tensor], row: int, prompt: Tensor) -> dict[str, Tenso
 def test_each_sample_is_as_if_alone(inner: str) -> None:
     model, steps = toys.make(), _steps()
     options = {"rel_l1_thresh": 0.08, "coefficients": [1.0, 0.0], "inner": inner, "on_decline": "raise"}
-    together = TeaCacheBackend(granularity="sample", **options)  # type: ignore[arg-type]
+    together = TeaCacheBackend(granularity="sample", **options)
     compiled = torch.compile(model, backend=together, fullgraph=True, dynamic=False)
     with torch.no_grad():
         outputs = [compiled(**inputs) for inputs in steps]
@@ -36,7 +36,7 @@ def test_each_sample_is_as_if_alone(inner: str) -> None:
     assert any(len(set(row)) > 1 for row in reasons), "the samples must disagree"
     assert together.stats().num_in_vain > 0
     for row in range(3):
-        alone = TeaCacheBackend(**options)  # type: ignore[arg-type]
+        alone = TeaCacheBackend(**options)
         single = torch.compile(model, backend=alone, fullgraph=True, dynamic=False)
         prompt = steps[0]["encoder_hidden_states"][row : row + 1].clone()
         with torch.no_grad():
@@ -83,8 +83,8 @@ class FoldedDiT(toys.ToyDiT):
     """Its blocks see the whole batch as one sequence."""
 
     def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
-        batch = hidden_states.shape[0]
-        return super().run_blocks(hidden_states.flatten(0, 1)[None], text[:1], temb[:1]).unflatten(1, (batch, -1))[0]
+        folded = super().run_blocks(hidden_states.flatten(0, 1)[None], text[:1], temb[:1])
+        return folded.reshape(hidden_states.shape)
 
 
 def test_declined_where_the_batch_is_not_in_front() -> None:
