@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teacache_fx import TeaCacheBackend
-from tests import toys
+from tests import odd_toys, toys
 
 TRAITS = [
     toys.ToyDiT,
@@ -28,6 +28,7 @@ TRAITS = [
     toys.LateWriteDiT,
     partial(toys.LearnedQueryDiT, position=0),
 ]
+ODD = [odd_toys.IdleModesDiT, odd_toys.FoldedFramesDiT, odd_toys.RefinedDiT]
 
 
 def _clone(inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -59,7 +60,8 @@ class ResidualReference:
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", TRAITS)
+@pytest.mark.parametrize("kind", [*TRAITS, *ODD])
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
 def test_skipped_step_is_input_plus_residual(kind: Callable[..., nn.Module], inner: str) -> None:
     model, inputs = toys.make(kind), toys.inputs(tokens=8, words=8)
     later = {**inputs, "hidden_states": inputs["hidden_states"] * 1.3, "timestep": inputs["timestep"] - 50}
