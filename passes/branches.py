@@ -127,7 +127,8 @@ def reuse_residual(gm: fx.GraphModule, crossing: Crossing) -> fx.GraphModule:
 def _choose(graph: fx.Graph, needy: fx.Node, computed: fx.Node, reused: fx.Node) -> fx.Node:
     """For each sample what its own decision asks for, so that a sample's result does not depend on its neighbours."""
     mask = emit(graph, _aten.view.default, needy, [-1, *[1] * (tensor_of(computed).ndim - 1)])
-    return _contiguous(graph, emit(graph, _aten.where.self, mask, computed, reused))
+    chosen = emit(graph, _aten.where.self, mask, computed, reused)
+    return emit(graph, _aten.clone.default, chosen, memory_format=torch.contiguous_format)
 
 
 def _contiguous(graph: fx.Graph, node: fx.Node) -> fx.Node:

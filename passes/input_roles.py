@@ -107,7 +107,8 @@ def steady_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[f
     """Inputs that stay the same throughout a generation: text embeddings, masks, positions, a guidance scale.
 
     Left out is what changes with every step: the latents (of a second modality too: inputs of the shape of a further
-    output), timesteps, and the residuals of a ControlNet.
+    output) and timesteps. The residuals of a ControlNet change too, and yet stay in: nothing else would tell one
+    control image from another, so with them every step is computed.
     """
     changing = {latents, timestep, *_further_latents(flow, latents)}
     return [
@@ -117,7 +118,6 @@ def steady_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[f
         and node not in changing
         and isinstance(fake_value(node), torch.Tensor)
         and not time_word_score(node)
-        and "controlnet" not in node.name
     ]
 
 

@@ -11,9 +11,11 @@ from typing import Any
 from torch import nn
 
 from teacache_fx.advice import advice_on_length
+from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import check_num_inference_steps, original, set_num_inference_steps
 from teacache_fx.errors import TeaCacheWarning
 from teacache_fx.graph_backend import GraphBackend
+from teacache_fx.store import MAX_CONTEXTS
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,16 @@ class TeaCacheBackend(GraphBackend):
         ValueError: a value out of range.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: TeaCacheConfig | None = None,
+        *,
+        inner: str = "inductor",
+        on_decline: str = "warn",
+        max_contexts: int = MAX_CONTEXTS,
+        **config_fields: Any,
+    ) -> None:
+        super().__init__(config, inner=inner, on_decline=on_decline, max_contexts=max_contexts, **config_fields)
         self._enabled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def enable(self, pipeline: Any) -> None:

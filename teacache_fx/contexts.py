@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -76,15 +77,19 @@ def announce(model: nn.Module, listener: Callable[[], CallContext] | None = None
         _num_announced += 1
 
 
-@contextlib.contextmanager
-def _enter(model: nn.Module, call: CallContext) -> Iterator[None]:
-    model = original(model)
-    announce(model)
-    token = _entered.set(((weakref.ref(model), call), *_entered.get()))
-    try:
-        yield
-    finally:
-        _entered.reset(token)
+class _Spoken(contextlib.AbstractContextManager[None]):
+    """What is said inside a `with` block; it may be entered any number of times."""
+
+    def __init__(self, model: nn.Module, call: CallContext) -> None:
+        self._model, self._call = original(model), call
+        self._tokens: list[Any] = []
+
+    def __enter__(self) -> None:
+        announce(self._model)
+        self._tokens.append(_entered.set(((weakref.ref(self._model), self._call), *_entered.get())))
+
+    def __exit__(self, *_: object) -> None:
+        _entered.reset(self._tokens.pop())
 
 
 def cache_context(
@@ -110,7 +115,7 @@ def cache_context(
         raise ValueError("name must not be empty; call the model without cache_context to leave it unnamed")
     if num_inference_steps is not None:
         check_num_inference_steps(num_inference_steps)
-    return _enter(model, CallContext(name, num_inference_steps=num_inference_steps))
+    return _Spoken(model, CallContext(name, num_inference_steps=num_inference_steps))
 
 
 def session(model: nn.Module, request_id: Hashable) -> contextlib.AbstractContextManager[None]:
@@ -129,7 +134,7 @@ def session(model: nn.Module, request_id: Hashable) -> contextlib.AbstractContex
     """
     _check_model(model)
     check_request_id(request_id)
-    return _enter(model, CallContext(request_id=request_id))
+    return _Spoken(model, CallContext(request_id=request_id))
 
 
 def current_context(*models: nn.Module) -> CallContext:

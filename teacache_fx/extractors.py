@@ -98,7 +98,9 @@ _extractors: dict[str, Extractor] = {}
 
 
 def register_extractor(transformer_cls_name: str, extractor_fn: Extractor) -> None:
-    """Registers the extractor of a model class; it takes precedence over the matcher, and replaces an earlier one.
+    """Registers the extractor of a model class; it replaces an earlier one.
+
+    `apply_teacache_hook` and `TeaCacheBackend.enable` then ask it instead of the matcher; plain torch.compile does not.
 
     Args:
         transformer_cls_name: name of the model's class.
@@ -121,6 +123,11 @@ def register_extractor(transformer_cls_name: str, extractor_fn: Extractor) -> No
 def extractor_of(model: nn.Module) -> Extractor | None:
     """The extractor registered for the model's class."""
     return _extractors.get(type(model).__name__)
+
+
+def has_extractor(class_name: str) -> bool:
+    """Whether one is registered for models of that class."""
+    return class_name in _extractors
 
 
 def validated(extractor: Extractor, model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -17,6 +17,7 @@ from teacache_fx.compilers import check_inner, compile_with, inductor_options, i
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import current_context, original
 from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
+from teacache_fx.extractors import has_extractor
 from teacache_fx.flops import is_matmul
 from teacache_fx.graph import compiled_root, state_examples
 from teacache_fx.report import RewriteReport
@@ -89,7 +90,8 @@ class GraphBackend:
             length = current_context(root).num_inference_steps if root is not None else None
             resolved = settings.config.resolve(class_name, length is not None)
             rewritten = pipeline.rewrite(resolved)
-        except Declined as declined:
+        except Declined as refusal:
+            declined = _with_hint(refusal, class_name)
             self.reports.append(RewriteReport(class_name, len(gm.graph.nodes), declined=declined))
             if settings.on_decline == "raise":
                 return _raiser(declined)
@@ -206,6 +208,13 @@ def _check_on_decline(value: object) -> str:
     if value not in _ON_DECLINE:
         raise ValueError(f"on_decline must be one of {', '.join(_ON_DECLINE)}, got {value!r}")
     return str(value)
+
+
+def _with_hint(declined: Declined, class_name: str) -> Declined:
+    if not has_extractor(class_name):
+        return declined
+    hint = "the extractor registered for it serves apply_teacache_hook and TeaCacheBackend.enable only"
+    return Declined(declined.reason, f"{declined.detail}; {hint}", declined.node)
 
 
 def _check_max_contexts(value: object) -> int:

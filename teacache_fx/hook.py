@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,8 +52,20 @@ class TeaCacheHook(ListeningHook):
         self.backends.add(self.backend)
         self.config = self.backend.config
         self.extractor_fn: Callable[..., Any] | None = None
-        self._capture = _CAPTURE_MORE
+        self._capture: dict[str, Any] = _CAPTURE_MORE
         self._compiled: Callable[..., Any] | None = None
+
+    _shared = ("backends", "backend", "config", "extractor_fn", "_capture")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TeaCacheHook:
+        """The copy of a model is compiled anew, with the same backend."""
+        compiled, self._compiled = self._compiled, None
+        try:
+            twin = super().__deepcopy__(memo)
+        finally:
+            self._compiled = compiled
+        assert isinstance(twin, TeaCacheHook)
+        return twin
 
     def rescale_func(self, rel_l1: Tensor) -> Tensor:
         """The polynomial by which the relative L1 distance is rescaled; a tensor or a number of any shape."""
@@ -60,14 +73,29 @@ class TeaCacheHook(ListeningHook):
         return torch.as_tensor(evaluate(horner(coefficients), torch.as_tensor(rel_l1)))
 
     _class_name = ""
+    _module: weakref.ref[nn.Module] | None = None
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Called by the registry: learns the model's class and its extractor. Nothing is compiled yet."""
-        self._class_name = type(module).__name__
+        self._class_name, self._module = type(module).__name__, weakref.ref(module)
         self.extractor_fn = extractor_of(module)
         announce(module, self.state_manager)
         return module
 
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Called by the registry before each step.
+
+        Raises:
+            RuntimeError: the model is a deep copy, whose forward, as diffusers copies it, runs the original's weights.
+        """
+        if self._module is not None and module is not self._module():
+            raise RuntimeError(
+                f"this {self._class_name} was copied while TeaCache was applied, and its forward still is the "
+                "original's: take TeaCache off (backend.disable or remove_teacache_hook), copy, and apply it to both"
+            )
+        return args, kwargs
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # an outer torch.compile leaves it to compile by itself
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Runs one denoising step; the first call compiles.
 
@@ -89,12 +117,15 @@ class TeaCacheHook(ListeningHook):
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The settings count at each call, since dynamo would compile anew for others.
+        if self.extractor_fn is not None:
+            args, kwargs = _named(module, self.extractor_fn, args, kwargs)
         with torch._dynamo.config.patch(self._capture):
             if self._compiled is None:
                 self._compiled = self._compile(module, args, kwargs)
             return self._compiled(*args, **kwargs)
 
     def _compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        announce(module, self.state_manager)  # once more, for the copy of a model
         forward = _with_own_code(self.fn_ref.original_forward)
         with torch.no_grad():
             forward(*args, **kwargs)  # some models build tables at their first call, which dynamo could not capture
@@ -108,6 +139,16 @@ class TeaCacheHook(ListeningHook):
         """Called by the registry on removal: forgets the states of the module."""
         self.backend.reset_state(module)
         return module
+
+
+def _named(
+    module: nn.Module, extractor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments by the names that the model and the extractor share, by which inputs are recognised."""
+    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"][: len(args)]
+    if not set(names) <= set(inspect.signature(extractor).parameters):
+        return args, kwargs
+    return args[len(names) :], {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +190,7 @@ def apply_teacache_hook(module: nn.Module, config: TeaCacheConfig | GraphBackend
 def check_applicable(module: nn.Module) -> None:
     """Raises what `apply_teacache_hook` would raise for the module."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {module!r}")
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     if original(module) is not module or module._compiled_call_impl is not None:
         raise ValueError(
             f"module is a compiled {type(original(module)).__name__}; the hook compiles by itself: apply it to the "
@@ -157,7 +198,8 @@ def check_applicable(module: nn.Module) -> None:
         )
     if hook_of(module) is not None:
         raise ValueError(
-            f"TeaCache is applied to this {type(module).__name__} already; remove_teacache_hook(module) removes it"
+            f"TeaCache is applied to this {type(module).__name__} already; backend.disable(pipeline) or "
+            "remove_teacache_hook(module) takes it off"
         )
 
 

@@ -8,6 +8,7 @@ Needs diffusers; of its private names only the registry's `_hook_order` and `_fn
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from typing import Any, Protocol
@@ -34,6 +35,10 @@ class HeardContext(StateManager):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(BaseState)
         self._local = threading.local()
+
+    def __reduce__(self) -> tuple[type[HeardContext], tuple[()]]:
+        """A copy has heard nothing yet."""
+        return type(self), ()
 
     def set_context(self, context: Any) -> None:
         """Called by diffusers, with `None` at the end; older versions pass the bare name."""
@@ -64,6 +69,24 @@ class ListeningHook(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.state_manager = HeardContext()
         self.backends: weakref.WeakSet[Resetting] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ListeningHook:
+        """Copies of a model tell the same backends."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            setattr(twin, name, value if name in self._shared else copy.deepcopy(value, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A model that is saved forgets the backends."""
+        return {**vars(self), "backends": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Nobody is told until the model is compiled again."""
+        vars(self).update({**state, "backends": weakref.WeakSet()})
+
+    _shared: tuple[str, ...] = ("backends",)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by diffusers at the end of a pipeline call."""

@@ -17,7 +17,7 @@ from teacache_fx.graph import fake_value, is_user_input, is_weight
 from teacache_fx.policy import PolicyState
 from teacache_fx.rewrite import RewrittenGraph
 from teacache_fx.signature import CacheSignature
-from teacache_fx.state import Memory
+from teacache_fx.state import Memory, TeaCacheState
 from teacache_fx.store import StateStore
 
 
@@ -47,18 +47,35 @@ class CachedGraph:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Runs one denoising step."""
-        model = self._store.model(self._weights(args))
+        weights = self._weights(args)
+        model = self._store.model(weights)
         call = model.context
         shapes = (self._graph, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in self._user_inputs(args)])
         state = self._store.select(model, call, self._conditioning(args), shapes)
         if self._store.finds_none and not self._is_advised:
             self._is_advised = True
             warnings.warn(NEW_CONDITIONING, TeaCacheWarning, stacklevel=2)
+        if state.steps_since_reset < 2:
+            _check_weights(state, weights)
         length = call.num_inference_steps or self._num_inference_steps
         remembered = state.inputs(lambda: self._state_shapes.allocate(args), length)
         outputs: Sequence[Any] = self._compiled(*args, *remembered)
         state.advance(remembered, outputs[self._num_outputs :])
         return outputs[: self._num_outputs]
+
+
+def _check_weights(state: TeaCacheState, weights: Sequence[Tensor]) -> None:
+    """Begins anew if a weight was changed in place after the first step.
+
+    After two steps a new generation is told by its timestep. Looking at a thousand weights is too slow for every step.
+    """
+    try:
+        version = sum(weight._version for weight in weights)
+    except RuntimeError:  # inference tensors do not count
+        version = 0
+    if version != state.weights_version:
+        state.reset()
+        state.weights_version = version
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

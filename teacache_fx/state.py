@@ -42,6 +42,7 @@ class TeaCacheState:
         records: per step the tensors of `RECORDED`, read from the device only when statistics are asked for.
         first_reason: why its first step is computed.
         steps_since_reset: calls in this generation, as far as the host knows.
+        weights_version: how often the model's weights had been changed in place at the first of them.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TeaCacheState:
         self.records: deque[Sequence[Tensor]] = deque(maxlen=MAX_RECORDS)
         self.first_reason = first_reason
         self.steps_since_reset = 0
+        self.weights_version = 0
         self._num_inference_steps = 0
 
     def reset(self) -> None:

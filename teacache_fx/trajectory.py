@@ -47,7 +47,9 @@ def gather_evidence(
     for number, tensor in enumerate(steady):
         one = content_hash(tensor, _has_rows(tensor, latents, per_sample)).to(latents.device)
         hashed = hashed + (one & _BITS) * (2 * number + 1)
-    return Evidence(time, relative_move(latents, previous_latents, per_sample), hashed)
+    # The farthest of the samples counts: a mean would hide that one slot of a large batch has been given to another.
+    moves = relative_move(latents, previous_latents, per_sample=True)
+    return Evidence(time, moves if per_sample else moves.max(), hashed)
 
 
 def content_hash(tensor: Tensor, per_sample: bool = False) -> Tensor:
