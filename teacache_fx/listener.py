@@ -84,7 +84,7 @@ class ListeningHook(ModelHook):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Nobody is told until the model is compiled again."""
-        vars(self).update({**state, "backends": weakref.WeakSet()})
+        self.__dict__.update({**state, "backends": weakref.WeakSet()})
 
     _shared: tuple[str, ...] = ("backends",)
 

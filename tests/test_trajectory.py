@@ -191,7 +191,7 @@ def test_the_move_is_that_of_the_latents() -> None:
     difference, size = abs(current - previous), abs(previous)
     whole = gather_evidence(None, LATENTS, PREVIOUS, []).latents_move
     rows = gather_evidence(None, LATENTS, PREVIOUS, [], per_sample=True).latents_move
-    assert float(whole) == pytest.approx(difference.sum() / size.sum(), rel=1e-5)
+    assert float(whole) == max(rows.tolist()), "one slot of a batch may have been given to another request"
     assert rows.tolist() == pytest.approx((difference.sum((1, 2)) / size.sum((1, 2))).tolist(), rel=1e-5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def _row(inputs: dict[str, Tensor], row: int, prompt: Tensor) -> dict[str, Tenso
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_each_sample_is_as_if_alone(inner: str) -> None:
     model, steps = toys.make(), _steps()
-    options = {"rel_l1_thresh": 0.08, "coefficients": [1.0, 0.0], "inner": inner, "on_decline": "raise"}
+    options: dict[str, Any] = {"rel_l1_thresh": 0.08, "coefficients": [1.0, 0.0], "inner": inner, "on_decline": "raise"}
     together = TeaCacheBackend(granularity="sample", **options)
     compiled = torch.compile(model, backend=together, fullgraph=True, dynamic=False)
     with torch.no_grad():
