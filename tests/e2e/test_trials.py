@@ -13,7 +13,7 @@ from torch import Tensor
 
 from teacache_fx import TeaCacheBackend, apply_teacache_hook, cache_context, register_extractor
 from tests import toys
-from tests.faults.rows import CachedDiT
+from tests.faults.row import CachedDiT
 from tests.zoo import build, trajectory
 
 

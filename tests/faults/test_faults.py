@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.guards import GUARDS
-from tests.faults.rows import FAULTS, Fault
-from tests.faults.table import render_table
+from tests.faults.row import Fault
+from tests.faults.table import FAULTS, render_table
 
 TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
 GUARDED = [fault for fault in FAULTS if fault.guard is not None]
