@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from teacache_fx.advice import advice_on_length
+from teacache_fx.checks import check_count
 from teacache_fx.config import TeaCacheConfig
-from teacache_fx.contexts import check_num_inference_steps, original, set_num_inference_steps
+from teacache_fx.contexts import original, set_num_inference_steps
 from teacache_fx.errors import TeaCacheWarning
 from teacache_fx.graph_backend import GraphBackend
 from teacache_fx.store import MAX_CONTEXTS
@@ -112,7 +113,7 @@ class TeaCacheBackend(GraphBackend):
             ValueError: the number is not positive.
         """
         if num_inference_steps is not None:
-            check_num_inference_steps(num_inference_steps)
+            check_count("num_inference_steps", num_inference_steps, 1)
             if advice := advice_on_length(num_inference_steps):
                 warnings.warn(advice, TeaCacheWarning, stacklevel=2)
         for transformer in _transformers(pipeline):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from teacache_fx.advice import advice_on_threshold
+from teacache_fx.checks import check_count
 from teacache_fx.coefficients import IDENTITY, polynomial_facts, published, published_names
 from teacache_fx.errors import TeaCacheWarning
 
@@ -69,10 +70,10 @@ class TeaCacheConfig:
         if self.granularity not in ("batch", "sample"):
             raise ValueError(f"granularity must be 'batch' or 'sample', got {self.granularity!r}")
         for name, least in (("num_warmup_steps", 0), ("num_final_steps", 0)):
-            _count(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
         for name, least in (("num_inference_steps", 1), ("max_consecutive_skips", 1)):
             if getattr(self, name) is not None:
-                _count(name, getattr(self, name), least)
+                check_count(name, getattr(self, name), least)
         if self.num_inference_steps is not None and self.num_warmup_steps >= self.num_inference_steps:
             warnings.warn(
                 f"num_warmup_steps={self.num_warmup_steps} covers all num_inference_steps={self.num_inference_steps}: "
@@ -155,13 +156,6 @@ def _number(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
-
-
-def _count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _coefficients(value: Any) -> tuple[float, ...]:

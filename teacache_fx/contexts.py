@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from teacache_fx.checks import check_count
+
 
 @dataclass(frozen=True)
 class CallContext:
@@ -114,7 +116,7 @@ def cache_context(
     if not name:
         raise ValueError("name must not be empty; call the model without cache_context to leave it unnamed")
     if num_inference_steps is not None:
-        check_num_inference_steps(num_inference_steps)
+        check_count("num_inference_steps", num_inference_steps, 1)
     return _Spoken(model, CallContext(name, num_inference_steps=num_inference_steps))
 
 
@@ -155,19 +157,6 @@ def original(model: nn.Module) -> nn.Module:
     """The module behind what `torch.compile(module)` returns."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def check_num_inference_steps(value: object) -> int:
-    """Returns a number of steps.
-
-    Raises:
-        TypeError, ValueError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"num_inference_steps must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {value}")
-    return value
 
 
 def check_request_id(value: Hashable) -> Hashable:

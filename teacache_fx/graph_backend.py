@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch import fx, nn
 
 from teacache_fx.advice import advice_on_generation
+from teacache_fx.checks import check_count
 from teacache_fx.compilers import check_inner, compile_with, inductor_options, is_inductor_option
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import current_context, original
@@ -58,7 +59,7 @@ class GraphBackend:
         self.config = dataclasses.replace(config, **config_fields) if config else TeaCacheConfig(**config_fields)
         self.inner = check_inner(inner)
         self.on_decline = _check_on_decline(on_decline)
-        self.max_contexts = _check_max_contexts(max_contexts)
+        self.max_contexts = check_count("max_contexts", max_contexts, 1)
         self.reports: list[RewriteReport] = []
         self._stores: dict[tuple[str, TeaCacheConfig], StateStore] = {}
         self._is_advised = False
@@ -107,9 +108,8 @@ class GraphBackend:
         self.reports.append(report)
         log.info("%s", report)
         store = self._stores.setdefault((class_name, settings.config), StateStore(self.max_contexts))
-        if root is not None and hasattr(
-            root, "_reset_stateful_cache"
-        ):  # a diffusers transformer that has cache_context
+        # A diffusers transformer that has cache_context; others have nothing to tell, and diffusers may be absent.
+        if root is not None and hasattr(root, "_reset_stateful_cache"):
             from teacache_fx.listener import listen
 
             listen(root, self)
@@ -215,14 +215,6 @@ def _with_hint(declined: Declined, class_name: str) -> Declined:
         return declined
     hint = "the extractor registered for it serves apply_teacache_hook and TeaCacheBackend.enable only"
     return Declined(declined.reason, f"{declined.detail}; {hint}", declined.node)
-
-
-def _check_max_contexts(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"max_contexts must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"max_contexts must be at least 1, got {value}")
-    return value
 
 
 def _check_model(root: nn.Module | None) -> None:

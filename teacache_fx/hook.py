@@ -55,17 +55,7 @@ class TeaCacheHook(ListeningHook):
         self._capture: dict[str, Any] = _CAPTURE_MORE
         self._compiled: Callable[..., Any] | None = None
 
-    _shared = ("backends", "backend", "config", "extractor_fn", "_capture")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TeaCacheHook:
-        """The copy of a model is compiled anew, with the same backend."""
-        compiled, self._compiled = self._compiled, None
-        try:
-            twin = super().__deepcopy__(memo)
-        finally:
-            self._compiled = compiled
-        assert isinstance(twin, TeaCacheHook)
-        return twin
+    _shared = ("backends", "backend", "config", "extractor_fn", "_capture", "_compiled")
 
     def rescale_func(self, rel_l1: Tensor) -> Tensor:
         """The polynomial by which the relative L1 distance is rescaled; a tensor or a number of any shape."""
@@ -125,7 +115,6 @@ class TeaCacheHook(ListeningHook):
             return self._compiled(*args, **kwargs)
 
     def _compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        announce(module, self.state_manager)  # once more, for the copy of a model
         forward = _with_own_code(self.fn_ref.original_forward)
         with torch.no_grad():
             forward(*args, **kwargs)  # some models build tables at their first call, which dynamo could not capture

@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 
 # Each module may import from the levels before its own. What a pass is made of lies below the passes.
 LEVELS = (
-    {"errors", "coefficients", "policy"},
+    {"checks", "errors", "coefficients", "policy"},
     {"advice", "contexts", "graph", "signature", "trajectory"},
     {"config", "dataflow", "flops", "listener", "identity", "marks", "modes", "plot", "render", "pin_operands"},
     {"plan", "compilers", "extractors", "state"},
