@@ -36,12 +36,14 @@ class PassContext:
     Attributes:
         policy: the settings to trace into the graph, `None` while only analysing.
         marked: names of the nodes that an extractor has marked, by role; empty without an extractor.
+        is_fragment: the graph begins behind a graph break, and has `CALL_INPUTS` for what it lacks.
         stack, modulation, partition, costs: parts of the plan, `None` until found.
         signature: layout of the added inputs and outputs, `None` until the cond is inserted.
     """
 
     policy: Policy | None = None
     marked: dict[str, str] = field(default_factory=dict)
+    is_fragment: bool = False
     stack: BlockStack | None = None
     modulation: Modulation | None = None
     partition: Partition | None = None
@@ -60,7 +62,7 @@ class PassContext:
         """The finished plan."""
         if not (self.stack and self.modulation and self.partition and self.costs):
             raise RuntimeError("the plan is not complete: an analysis pass is missing before this one")
-        return CachePlan(self.stack, self.modulation, self.partition, self.costs)
+        return CachePlan(self.stack, self.modulation, self.partition, self.costs, self.is_fragment)
 
 
 def nodes_by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:

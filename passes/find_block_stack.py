@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.flops import approximate, is_matmul, total_flops
-from teacache_fx.graph import block_of, op_name
+from teacache_fx.flops import is_matmul
+from teacache_fx.graph import op_name
+from teacache_fx.module_paths import block_of, numbered_block_of
 from teacache_fx.passes.base import PassContext
-from teacache_fx.passes.input_roles import find_latents
+from teacache_fx.passes.block_lists import Blocks, blocks_by_module, hands_over, is_chain, is_repeated, keeps_shapes
+from teacache_fx.passes.input_roles import embedded_latents, find_latents
 from teacache_fx.passes.pair_live_outputs import LivePair, describe_pair, pair_live_outputs
-from teacache_fx.plan import BlockList, BlockStack
+from teacache_fx.passes.repetition import blocks_by_repetition
+from teacache_fx.plan import BlockStack
 
-_Lists = dict[str, dict[int, list[fx.Node]]]
-_Paired = tuple[_Lists, list[LivePair], set[fx.Node]]
+_Paired = tuple[list[Blocks], list[LivePair], set[fx.Node]]
 _ATTENTION = {"scaled_dot_product_attention", "flex_attention", "softmax"}
 
 
@@ -31,12 +32,12 @@ class FindBlockStack:
 
     A list belongs to the stack if at least two of its elements are of one class, hold matrix products that depend on
     the latents, and lie one behind the other on the way of the latents; text refiners do not depend on the latents,
-    parallel heads do not lie behind each other, and the layers of an MLP are no blocks of their own.
+    parallel heads do not lie behind each other, and the layers of an MLP are no blocks of their own. Where no list of
+    modules qualifies, numbered attributes may; where these do not either, the repetition of the op sequence tells.
 
     Declines when: no input is like the output (NO_LATENTS), no such list exists (NO_REPEATED_BLOCKS), the graph is
-    one block compiled by itself (SINGLE_BLOCK), or a live output matches no input of the stack (NO_MATCHING_INPUT).
-
-    Does not handle: blocks without a module path; repetition of the op sequence would have to find those.
+    one block compiled by itself (SINGLE_BLOCK), the blocks are those of a U-Net (CHANGING_SHAPES), or a live output
+    matches no input of the stack (NO_MATCHING_INPUT).
 
     Attributes:
         smallest_share: lists with less than this share of the largest list's FLOPs are not part of the stack.
@@ -51,21 +52,30 @@ class FindBlockStack:
         if ctx.stack is not None:
             return False
         flow = ctx.dataflow(gm)
-        latents = find_latents(gm)
+        refusal: Declined | None = None
+        for latents in _latents(gm, ctx.is_fragment):
+            try:
+                ctx.stack = self._stack(flow, latents)
+                return False
+            except Declined as declined:
+                refusal = refusal or declined
+        assert refusal is not None
+        raise refusal
+
+    def _stack(self, flow: Dataflow, latents: fx.Node) -> BlockStack:
         dependent = flow.forward([latents]) & flow.live
-        lists = self._qualifying_lists(flow, dependent)
+        lists = _qualifying_lists(flow, dependent, self.smallest_share)
         if not lists:
             raise _no_stack(flow, dependent)
         lists, pairs, region = self._paired(flow, lists, dependent)
-        ctx.stack = BlockStack(
-            lists=tuple(_describe(path, blocks, flow) for path, blocks in lists.items()),
+        return BlockStack(
+            lists=tuple(blocks.describe() for blocks in lists),
             latents=latents.name,
             region=tuple(node.name for node in flow.sort(region)),
             live_outputs=tuple(map(describe_pair, pairs)),
         )
-        return False
 
-    def _paired(self, flow: Dataflow, lists: _Lists, dependent: set[fx.Node]) -> _Paired:
+    def _paired(self, flow: Dataflow, lists: list[Blocks], dependent: set[fx.Node]) -> _Paired:
         """The lists with a residual for what leaves them.
 
         Image refiners come before text joins the sequence: of the whole nothing that enters is shaped like what leaves.
@@ -73,10 +83,10 @@ class FindBlockStack:
         """
         refusal: Declined | None = None
         for first in range(len(lists)):
-            kept = dict(list(lists.items())[first:])
-            if refusal is not None and _flops(kept) < self.smallest_rest * _flops(lists):
+            kept = lists[first:]
+            if refusal is not None and _work(kept) < self.smallest_rest * _work(lists):
                 break
-            owned = {node for blocks in kept.values() for nodes in blocks.values() for node in nodes}
+            owned = {node for blocks in kept for node in blocks.nodes}
             core = _between(flow, owned & dependent) & flow.live
             try:
                 return kept, *pair_live_outputs(flow, core, dependent)
@@ -87,38 +97,37 @@ class FindBlockStack:
         assert refusal is not None
         raise refusal
 
-    def _qualifying_lists(self, flow: Dataflow, dependent: set[fx.Node]) -> _Lists:
-        lists = _blocks_of_lists(flow.sort(dependent))
-        chains = {path: blocks for path, blocks in lists.items() if _is_repeated(blocks) and _is_chain(blocks, flow)}
-        weights = {path: _flops({path: blocks}) for path, blocks in chains.items()}
-        least = self.smallest_share * max(weights.values(), default=0.0)
-        return {path: blocks for path, blocks in chains.items() if weights[path] >= least}
+
+def _latents(gm: fx.GraphModule, is_fragment: bool) -> list[fx.Node]:
+    try:
+        return [find_latents(gm)]
+    except Declined:
+        if is_fragment and (candidates := embedded_latents(gm)):
+            return candidates
+        raise
 
 
-def _blocks_of_lists(nodes: Iterable[fx.Node]) -> _Lists:
-    lists: dict[str, dict[int, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
-    for node in nodes:
-        if node.op != "placeholder" and (owner := block_of(node)):
-            lists[owner[0]][owner[1]].append(node)
-    with_matmuls = {
-        path: {index: nodes for index, nodes in blocks.items() if any(map(is_matmul, nodes))}
-        for path, blocks in lists.items()
-    }
-    return {path: blocks for path, blocks in with_matmuls.items() if len(blocks) >= 2}
+def _qualifying_lists(flow: Dataflow, dependent: set[fx.Node], smallest_share: float) -> list[Blocks]:
+    """Lists of modules, else numbered attributes, else what repeats itself without a module that tells.
 
-
-def _is_repeated(blocks: dict[int, list[fx.Node]]) -> bool:
-    """At least two elements are of one class and are more than a single layer."""
-    composite = [block_class(nodes) for nodes in blocks.values() if sum(map(is_matmul, nodes)) >= 2]
-    return len(composite) > len(set(composite))
-
-
-def _is_chain(blocks: dict[int, list[fx.Node]], flow: Dataflow) -> bool:
-    """Each element that has a predecessor in the list depends on one; parallel heads and experts do not."""
-    ordered = sorted(blocks.values(), key=lambda nodes: flow.order[nodes[0]])
-    behind_first = flow.forward(ordered[0])
-    last_matmuls = [node for node in ordered[-1] if is_matmul(node)]
-    return any(node in behind_first for node in last_matmuls)
+    Raises:
+        Declined: CHANGING_SHAPES, if most of the work is done in blocks that change the shape of what they carry.
+    """
+    nodes = flow.sort(dependent)
+    chains = [blocks for blocks in blocks_by_module(nodes) if is_repeated(blocks) and is_chain(blocks, flow)]
+    if not chains:
+        numbered = blocks_by_module(nodes, numbered_block_of)
+        chains = [b for b in numbered if is_repeated(b) and is_chain(b, flow) and hands_over(b)]
+    if not chains:
+        chains = [blocks for blocks in blocks_by_repetition(flow, dependent) if is_chain(blocks, flow)]
+    even = [blocks for blocks in chains if keeps_shapes(blocks)]
+    uneven = [blocks for blocks in chains if blocks not in even]
+    if uneven and _work(uneven) > _work(even):
+        largest = max(uneven, key=lambda blocks: blocks.work)
+        detail = f"no two of the {len(largest.elements)} blocks in `{largest.path}` work on the same shapes"
+        raise Declined(DeclineReason.CHANGING_SHAPES, detail, largest.elements[0][0].name)
+    least = smallest_share * max((blocks.work for blocks in even), default=0.0)
+    return [blocks for blocks in even if blocks.work >= least]
 
 
 def _between(flow: Dataflow, nodes: set[fx.Node]) -> set[fx.Node]:
@@ -126,23 +135,8 @@ def _between(flow: Dataflow, nodes: set[fx.Node]) -> set[fx.Node]:
     return flow.forward(nodes) & flow.backward(nodes)
 
 
-def _flops(lists: _Lists) -> float:
-    return approximate(sum(total_flops(_flat(blocks)) for blocks in lists.values()))
-
-
-def _flat(blocks: dict[int, list[fx.Node]]) -> list[fx.Node]:
-    return [node for nodes in blocks.values() for node in nodes]
-
-
-def block_class(nodes: list[fx.Node]) -> str:
-    """Class name of the list element that the nodes belong to."""
-    return next((owner[2] for node in nodes if (owner := block_of(node))), "")
-
-
-def _describe(path: str, blocks: dict[int, list[fx.Node]], flow: Dataflow) -> BlockList:
-    classes = tuple(dict.fromkeys(block_class(nodes) for nodes in blocks.values()))
-    kinds = {tuple(op_name(node) for node in flow.sort(nodes)) for nodes in blocks.values()}
-    return BlockList(path, len(blocks), classes, len(kinds))
+def _work(lists: Sequence[Blocks]) -> float:
+    return sum(blocks.work for blocks in lists)
 
 
 def _no_stack(flow: Dataflow, dependent: set[fx.Node]) -> Declined:

@@ -7,38 +7,26 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from teacache_fx.argument_names import ENOUGH, LATENT_NAMES, says_time
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import is_matmul
 from teacache_fx.graph import argument_name, fake_tensors, fake_value, is_user_input, op_name, same_shape, same_size
 from teacache_fx.passes.base import output_arguments
 
-_LATENT_NAMES = ("hidden_states", "latents", "sample", "x")
 _SINUSOIDS = {"sin", "cos", "sin_", "cos_"}
-_ENOUGH = 3
-_TIME_WORDS = {"timestep": 4, "timesteps": 4, "t": 3, "time": 3, "sigma": 3, "sigmas": 3, "noise_level": 3}
-
-
-def time_word_score(node: fx.Node) -> int:
-    """How much the name of an input says that it is a timestep, from 0 to 4."""
-    name = argument_name(node)
-    return _TIME_WORDS.get(name, _TIME_WORDS["timestep"] - 1 if "timestep" in name else 0)
 
 
 def find_latents(gm: fx.GraphModule) -> fx.Node:
-    """The floating-point input whose shape agrees best with the model's first tensor output.
+    """The floating-point input whose shape agrees best with one of the model's tensor outputs.
 
     Raises:
         Declined: NO_LATENTS if no input has as many dimensions as an output.
     """
     outputs = [tensor for node in output_arguments(gm) if isinstance(node, fx.Node) for tensor in fake_tensors(node)]
     best: tuple[tuple[int, ...], fx.Node] | None = None
-    for node in gm.graph.nodes:
-        if not is_user_input(node) or argument_name(node).startswith("encoder_"):
-            continue
+    for node in _possible_latents(gm):
         for value in fake_tensors(node):
-            if not value.is_floating_point() or value.ndim < 2:
-                continue
             for output in outputs:
                 if value.ndim != output.ndim:
                     continue
@@ -54,9 +42,27 @@ def find_latents(gm: fx.GraphModule) -> fx.Node:
     return best[1]
 
 
+def embedded_latents(gm: fx.GraphModule) -> list[fx.Node]:
+    """Inputs of a graph behind a graph break that may hold the embedded latents, the likeliest first.
+
+    Nothing there need be shaped like the output; but their name lives on, and they are tokens.
+    """
+    tokens = [node for node in _possible_latents(gm) if fake_tensors(node)[0].ndim >= 3]
+    return sorted(tokens, key=lambda node: "hidden_states" in argument_name(node) or _name_rank(node), reverse=True)
+
+
+def _possible_latents(gm: fx.GraphModule) -> list[fx.Node]:
+    return [
+        node
+        for node in gm.graph.nodes
+        if is_user_input(node) and not argument_name(node).startswith("encoder_")
+        if any(value.is_floating_point() and value.ndim >= 2 for value in fake_tensors(node))
+    ]
+
+
 def _name_rank(node: fx.Node) -> int:
     name = argument_name(node)
-    return len(_LATENT_NAMES) - _LATENT_NAMES.index(name) if name in _LATENT_NAMES else 0
+    return len(LATENT_NAMES) - LATENT_NAMES.index(name) if name in LATENT_NAMES else 0
 
 
 def find_timestep(flow: Dataflow, latents: str) -> fx.Node:
@@ -70,25 +76,38 @@ def find_timestep(flow: Dataflow, latents: str) -> fx.Node:
         for node in flow.nodes
         if node.name != latents and is_user_input(node) and node in flow.live and _is_small(node)
     }
-    if not scores or max(scores.values()) < _ENOUGH:
+    if not scores or max(scores.values()) < ENOUGH:
         seen = ", ".join(argument_name(node) for node in flow.nodes if is_user_input(node))
         raise Declined(DeclineReason.NO_TIMESTEP, f"none of the inputs ({seen}) is embedded as a timestep or named one")
     best: fx.Node = max(scores, key=scores.__getitem__)
     return best
 
 
+def embedded_times(flow: Dataflow, latents: str) -> list[fx.Node]:
+    """Inputs of a graph behind a graph break that the timestep may be embedded in."""
+    return [
+        node
+        for node in flow.nodes
+        if is_user_input(node) and node.name != latents and any(t.is_floating_point() for t in fake_tensors(node))
+    ]
+
+
 def _is_small(node: fx.Node) -> bool:
     value = fake_value(node)
     if not isinstance(value, torch.Tensor) or value.is_complex() or value.dtype == torch.bool:
         return False
-    return value.ndim <= 2 or (value.ndim == 3 and time_word_score(node) >= _ENOUGH)  # per frame or token
+    return value.ndim <= 2 or _says_time(node) >= ENOUGH  # per frame or token
 
 
 def _time_score(node: fx.Node, flow: Dataflow) -> int:
     if "guidance" in argument_name(node):
         return 0
     embedded = 2 if any(op_name(user) in _SINUSOIDS for user in _until_matmul(node, flow)) else 0
-    return time_word_score(node) + embedded + (fake_tensors(node)[0].ndim <= 1)
+    return _says_time(node) + embedded + (fake_tensors(node)[0].ndim <= 1)
+
+
+def _says_time(node: fx.Node) -> int:
+    return says_time(argument_name(node), fake_tensors(node)[0].ndim)
 
 
 def _until_matmul(node: fx.Node, flow: Dataflow) -> Iterator[fx.Node]:
@@ -117,7 +136,7 @@ def steady_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[f
         if is_user_input(node)
         and node not in changing
         and isinstance(fake_value(node), torch.Tensor)
-        and not time_word_score(node)
+        and not _says_time(node)
     ]
 
 

@@ -10,16 +10,11 @@ from torch import fx
 from teacache_fx.dataflow import view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import is_matmul
-from teacache_fx.graph import (
-    block_of,
-    fake_tensors,
-    fake_value,
-    is_join,
-    same_shape,
-    tensor_of,
-)
+from teacache_fx.fragments import CALL_INPUTS
+from teacache_fx.graph import fake_tensors, fake_value, is_join, same_shape, tensor_of
+from teacache_fx.module_paths import block_of, module_path
 from teacache_fx.passes.base import PassContext, nodes_by_name
-from teacache_fx.passes.input_roles import find_timestep
+from teacache_fx.passes.input_roles import embedded_times, find_timestep
 from teacache_fx.passes.modulation_patterns import name_pattern
 from teacache_fx.plan import Modulation
 
@@ -48,12 +43,13 @@ class MatchModulation:
         flow = ctx.dataflow(gm)
         by_name = nodes_by_name(gm)
         dependent = flow.forward([by_name[ctx.stack.latents]])
-        timestep = find_timestep(flow, ctx.stack.latents)
+        timestep = by_name[CALL_INPUTS[0]] if ctx.is_fragment else find_timestep(flow, ctx.stack.latents)
         bases = [by_name[live.base] for live in ctx.stack.live_outputs]
         matmul, indicator = _find_indicator([by_name[name] for name in ctx.stack.region], dependent, bases)
         owner = block_of(matmul)
-        block = f"{owner[0]}.{owner[1]}" if owner else ""
-        pattern = name_pattern(indicator, timestep, dependent, flow)
+        block = f"{owner.path}.{owner.index}" if owner else module_path(matmul).rpartition(".")[0]
+        timed = flow.forward(embedded_times(flow, ctx.stack.latents) if ctx.is_fragment else [timestep])
+        pattern = name_pattern(indicator, timed, dependent)
         ctx.modulation = Modulation(indicator.name, pattern, timestep.name, block)
         return False
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from teacache_fx.dataflow import Dataflow
+from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.graph import op_name, storages
+from teacache_fx.graph import op_name, storages, written_arguments
 from teacache_fx.passes.pair_live_outputs import LivePair
 
+_SIZES = {"size", "sym_size", "numel", "sym_numel", "stride", "sym_stride", "dim"}  # these look at no element
 _PROLOGUE, _BLOCKS, _EPILOGUE = range(3)
 
 
@@ -51,19 +52,26 @@ def check_memory_order(flow: Dataflow, parts: Parts, pairs: list[LivePair], indi
         for writer in kept:
             if storage in storages(indicator) and flow.order[writer] > flow.order[indicator]:
                 raise _declined(writer, "it overwrites the modulated input, which is kept until the next step")
-            entered = [p.base for p in pairs if storage in storages(p.base) and flow.order[writer] > flow.order[p.base]]
-            if part_of[writer] == _PROLOGUE and entered:
+            entered = [pair.base for pair in pairs if storage in storages(pair.base)]
+            if part_of[writer] == _PROLOGUE and entered and _is_read_before(flow, writer, storage, touching[storage]):
                 raise _declined(writer, f"it overwrites `{entered[0].name}`, which enters the stack")
 
 
 def _touching(flow: Dataflow, part_of: dict[fx.Node, int]) -> dict[int, list[fx.Node]]:
     touching: dict[int, list[fx.Node]] = defaultdict(list)
     for node in flow.nodes:
-        if node in part_of:
+        if node in part_of and op_name(node) not in _SIZES:
             involved = {s for argument in (node, *node.all_input_nodes) for s in storages(argument)}
             for storage in involved & flow.writers.keys():
                 touching[storage].append(node)
     return touching
+
+
+def _is_read_before(flow: Dataflow, writer: fx.Node, storage: int, touching: list[fx.Node]) -> bool:
+    """Whether the memory is read before the write; making it, filling it, and taking views of it reads nothing."""
+    earlier = (node for node in touching if flow.order[node] < flow.order[writer])
+    reading = (node for node in earlier if view_source(node) is None and not written_arguments(node))
+    return any(storage in storages(argument) for node in reading for argument in node.all_input_nodes)
 
 
 def _check_writer(

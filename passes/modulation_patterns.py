@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from teacache_fx.dataflow import Dataflow, view_source
+from teacache_fx.dataflow import view_source
 from teacache_fx.flops import is_matmul
-from teacache_fx.graph import block_of, is_user_input, op_name
+from teacache_fx.graph import is_user_input, op_name
+from teacache_fx.module_paths import block_of
 
 _ADD = {"add", "__add__", "__radd__", operator.add.__name__}
 _MUL = {"mul", "__mul__", "__rmul__", operator.mul.__name__}
@@ -66,9 +67,9 @@ PATTERNS: tuple[ModulationPattern, ...] = (
 )
 
 
-def name_pattern(indicator: fx.Node, timestep: fx.Node, dependent: set[fx.Node], flow: Dataflow) -> str:
-    """The first pattern that holds for the indicator."""
-    found = _modulators(indicator, dependent, flow.forward([timestep]))
+def name_pattern(indicator: fx.Node, timed: set[fx.Node], dependent: set[fx.Node]) -> str:
+    """The first pattern that holds for the indicator, given what depends on the timestep and on the latents."""
+    found = _modulators(indicator, dependent, timed)
     return next(pattern.name for pattern in PATTERNS if pattern.holds(found))
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from teacache_fx.dataflow import Dataflow, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import total_flops
+from teacache_fx.fragments import CALL_INPUTS
 from teacache_fx.graph import fake_tensors, fake_value, op_name, storages
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.follow_latents import check_follows_latents
@@ -59,7 +60,7 @@ class PartitionGraph:
         check_memory_order(flow, parts, pairs, indicator)
         _check_modes(flow)
         _check_shapes([indicator, *(pair.value for pair in pairs)])
-        steady = steady_inputs(flow, latents, timestep)
+        steady = [by_name[CALL_INPUTS[1]]] if ctx.is_fragment else steady_inputs(flow, latents, timestep)
         operands = _operands(flow, parts.blocks, pairs)
         ctx.partition = Partition(
             prologue=_names(parts.prologue),
@@ -67,7 +68,7 @@ class PartitionGraph:
             epilogue=_names(parts.epilogue),
             dead=_names(node for node in flow.nodes if node not in live and node.op != "placeholder"),
             operands=_names(operands),
-            conditioning=_names(conditioning_inputs(steady)),
+            conditioning=() if ctx.is_fragment else _names(conditioning_inputs(steady)),
             steady=_names(steady),
         )
         ctx.costs = Costs(total_flops(parts.prologue), total_flops(parts.blocks), total_flops(parts.epilogue))

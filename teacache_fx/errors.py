@@ -12,6 +12,7 @@ class DeclineReason(enum.Enum):
     NO_TIMESTEP = "no timestep found"
     NO_REPEATED_BLOCKS = "no repeated blocks"
     SINGLE_BLOCK = "single blocks only"
+    CHANGING_SHAPES = "blocks that change the shape of what they carry"
     NO_MODULATED_INPUT = "no modulated input found"
     NO_MATCHING_INPUT = "output of the block stack matches none of its inputs"
     LITTLE_TO_SKIP = "little to skip"
@@ -21,6 +22,7 @@ class DeclineReason(enum.Enum):
     MODE_ACROSS_CUT = "context manager inside the graph"
     NO_SAMPLE_DIMENSION = "samples cannot decide for themselves"
     GRADIENTS_NEEDED = "gradients needed"
+    GRAPH_BREAK = "graph break"
     VMAP = "vmap"
     UNKNOWN_STATE_SHAPE = "state shape unknown"
     NOT_A_MODEL = "not a model"
@@ -36,14 +38,16 @@ _REMEDIES = {
     DeclineReason.NO_LATENTS: "pass the latents as a floating-point tensor of the shape that the model returns",
     DeclineReason.NO_TIMESTEP: "pass the timestep as a tensor argument of the module that is compiled",
     DeclineReason.NO_REPEATED_BLOCKS: (
-        "compile the whole transformer; two or more of its blocks must be modules of one class in a list that carry "
-        "the latents one to the next "
-        "(if the capture broke inside the block loop, compile with fullgraph=True to see where; "
-        "TeaCacheBackend.enable and apply_teacache_hook capture more)"
+        "compile the whole transformer; two or more of its blocks must do the same operations on the latents, "
+        "one behind the other"
     ),
     DeclineReason.SINGLE_BLOCK: (
         "compile the whole transformer (transformer.compile(backend=...)) instead of its blocks one by one "
         "(compile_repeated_blocks): the decision to skip spans all of them"
+    ),
+    DeclineReason.CHANGING_SHAPES: (
+        "nothing to cache as one residual: TeaCache serves transformers, whose blocks keep the shape; "
+        "run a U-Net as it is"
     ),
     DeclineReason.NO_MODULATED_INPUT: "the first block must apply a linear, conv or matmul to the latents' tokens",
     DeclineReason.NO_MATCHING_INPUT: (
@@ -60,6 +64,11 @@ _REMEDIES = {
     DeclineReason.GRADIENTS_NEEDED: (
         "the cache serves inference: call the model under torch.no_grad() or torch.inference_mode(), "
         "or call model.requires_grad_(False)"
+    ),
+    DeclineReason.GRAPH_BREAK: (
+        "TeaCacheBackend.enable or apply_teacache_hook, which set torch._dynamo.config.capture_scalar_outputs and "
+        "capture_dynamic_output_shape_ops and see the whole call; or change the code at the break so that "
+        "torch.compile(model, fullgraph=True) captures the model"
     ),
     DeclineReason.VMAP: "call the model on a batch instead of mapping it with torch.vmap",
     DeclineReason.UNKNOWN_STATE_SHAPE: "let the token count follow from the shapes of the inputs, not their values",

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import original
 from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
-from teacache_fx.graph import compiled_root
+from teacache_fx.capture import CaptureSite, capture_site
 from teacache_fx.report import RewriteReport
 from teacache_fx.rewrite import Pipeline
 
@@ -43,8 +43,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
     reports: list[RewriteReport] = []
 
     def analyse(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        root = compiled_root()
-        reports.append(report_of(gm, type(root).__name__ if root is not None else name))
+        site = capture_site()
+        reports.append(report_of(gm, type(site.root).__name__ if site.root is not None else name, site))
         return gm.forward
 
     with torch.no_grad():
@@ -59,14 +59,32 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
     return max(reports, key=lambda report: (report.is_rewritten, report.num_nodes))
 
 
-def report_of(gm: fx.GraphModule, class_name: str) -> RewriteReport:
+def report_of(gm: fx.GraphModule, class_name: str, site: CaptureSite = CaptureSite()) -> RewriteReport:  # noqa: B008
     """Analyses one captured graph with the default settings."""
     pipeline = Pipeline(gm)
     try:
         plan = pipeline.analyse()
-    except Declined as declined:
+    except Declined as refusal:
+        declined = explained(refusal, site)
         return RewriteReport(class_name, len(gm.graph.nodes), declined=declined, timings=pipeline.timings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TeaCacheWarning)  # the report names the polynomial
         resolved = TeaCacheConfig().resolve(class_name)
     return RewriteReport(class_name, len(gm.graph.nodes), plan, config=resolved, timings=pipeline.timings)
+
+
+_MISSING = {
+    DeclineReason.NO_LATENTS,
+    DeclineReason.NO_TIMESTEP,
+    DeclineReason.NO_REPEATED_BLOCKS,
+    DeclineReason.SINGLE_BLOCK,
+}
+
+
+def explained(refusal: Declined, site: CaptureSite) -> Declined:
+    """The refusal, or the graph break behind it: what a part of a forward lacks is in another part."""
+    if refusal.reason not in _MISSING or not site.is_part:
+        return refusal
+    here = f"{refusal.reason.value} in what is {'before' if site.graph_break else 'behind'} it"
+    where = str(site.graph_break or "the capture broke earlier")
+    return Declined(DeclineReason.GRAPH_BREAK, f"{where}; {here}", refusal.node)

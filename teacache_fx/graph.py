@@ -10,17 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._guards import TracingContext
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _FAKE_KEYS = ("example_value", "val")  # dynamo and export name them differently
-_ATTRIBUTE_STEP = re.compile(r"\.__dict__\['_modules'\]\['(\w+)'\]|\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]")
 _WEIGHT_CONTAINERS = ("_parameters", "_buffers")
-_FIRST_STEP = re.compile(r"\.__dict__\['_modules'\]|\._modules\[")
 _MODULE_CONTAINERS = (*_WEIGHT_CONTAINERS, "_modules")
-_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 def fake_value(node: fx.Node) -> Any:
@@ -133,36 +129,6 @@ _IN_PLACE_OPERATORS = {
 }  # fmt: skip
 
 
-def module_path(node: fx.Node) -> str:
-    """Dotted path of the module that the node was captured in, from the root; empty at the root."""
-    stack = node.meta.get("nn_module_stack")
-    return clean_path(list(stack.values())[-1][0]) if stack else ""
-
-
-def block_of(node: fx.Node) -> tuple[str, int, str] | None:
-    """The outermost list element that the node belongs to, as (path of the list, index, class name of the element)."""
-    path = module_path(node)
-    match = _BLOCK.search(path)
-    if match is None or match.start() == 0:
-        return None
-    element = path[: match.end(1)]
-    for raw, owner in node.meta["nn_module_stack"].values():
-        if clean_path(raw) == element:
-            return path[: match.start()], int(match.group(1)), owner.__name__ if isinstance(owner, type) else str(owner)
-    return path[: match.start()], int(match.group(1)), ""
-
-
-def clean_path(raw: str) -> str:
-    """Turns dynamo's `L['self'].__dict__['_modules']['blocks'].0.norm` into `blocks.0.norm`.
-
-    Beneath other wrappers of a forward the model is `L['module']`, or `L['fn'].args[0]`.
-    """
-    first = _FIRST_STEP.search(raw)
-    path = raw[first.start() :] if first else re.sub(r"^L\['(?:self|module)'\]|^self", "", raw)
-    path = _ATTRIBUTE_STEP.sub(lambda step: "." + next(part for part in step.groups() if part), path)
-    return path.strip(".")
-
-
 def source_name(placeholder: fx.Node) -> str:
     """Where dynamo took an input from, such as `L['kwargs']['timestep']`; the placeholder's own name if unknown."""
     source = getattr(placeholder, "_dynamo_source", None)
@@ -216,34 +182,8 @@ def mark_as_state(placeholder: fx.Node) -> None:
     placeholder.meta["tensor_dict"] = {}
 
 
-def compiled_root() -> nn.Module | None:
-    """Inside a dynamo backend: the module whose forward is being compiled, or `None` for a plain function."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        scope = InstructionTranslator.current_tx().output.local_scope
-    except (AttributeError, LookupError):  # not called by dynamo
-        return None
-    candidates = (scope.get("self"), scope.get("module"))  # the latter in accelerate's and diffusers' wrappers
-    return next((root for root in candidates if isinstance(root, nn.Module)), None)
-
-
 def runs_under_vmap(graph: fx.Graph) -> bool:
     """Whether the graph was captured inside or around a functorch transform."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return any("_functorch" in str(getattr(node.target, "__module__", "")) for node in graph.nodes)
-
-
-def state_examples(gm: fx.GraphModule, num_inputs: int) -> list[torch.Tensor]:
-    """Example inputs for the placeholders behind the first `num_inputs`, in the fake mode that dynamo gives backends.
-
-    The graph's own fake values live in the mode of the capture, which AOTAutograd would not mix with the backend's.
-    """
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    fakes = [tensor_of(node) for node in placeholders[num_inputs:]]
-    context = TracingContext.try_get()
-    if context is None or context.fake_mode is None:
-        return fakes
-    with context.fake_mode:
-        return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in fakes]

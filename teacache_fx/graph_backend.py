@@ -18,15 +18,17 @@ from teacache_fx.compilers import check_inner, compile_with, inductor_options, i
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import current_context, original
 from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
+from teacache_fx.explain import explained
 from teacache_fx.extractors import has_extractor
 from teacache_fx.flops import is_matmul
-from teacache_fx.graph import compiled_root, state_examples
+from teacache_fx.capture import capture_site, state_examples
 from teacache_fx.report import RewriteReport
 from teacache_fx.rewrite import Pipeline
 from teacache_fx.runtime import CachedGraph
 from teacache_fx.state import TeaCacheState
 from teacache_fx.stats import CacheStats, collect
 from teacache_fx.store import MAX_CONTEXTS, StateStore
+from teacache_fx.whole_call import current_call
 
 log = logging.getLogger(__name__)
 _ON_DECLINE = ("warn", "raise", "ignore")
@@ -81,9 +83,10 @@ class GraphBackend:
         The user's errors (an unknown option, `Declined` under `on_decline="raise"`) are raised when the model is
         called, as they are: whatever a backend itself raises, dynamo would wrap.
         """
-        root = compiled_root()
+        site = capture_site()
+        root = site.root
         class_name = type(root).__name__ if root is not None else "function"
-        pipeline = Pipeline(gm)
+        pipeline = Pipeline(gm, is_fragment=site.is_resumed and current_call() is not None)
         try:
             settings = self._settings(options or {}, mode)
             _check_model(root)
@@ -92,7 +95,7 @@ class GraphBackend:
             resolved = settings.config.resolve(class_name, length is not None)
             rewritten = pipeline.rewrite(resolved)
         except Declined as refusal:
-            declined = _with_hint(refusal, class_name)
+            declined = _with_hint(explained(refusal, site), class_name)
             self.reports.append(RewriteReport(class_name, len(gm.graph.nodes), declined=declined))
             if settings.on_decline == "raise":
                 return _raiser(declined)

@@ -22,6 +22,7 @@ from teacache_fx.contexts import announce, original
 from teacache_fx.extractors import extracted_forward, extractor_of, validated
 from teacache_fx.graph_backend import GraphBackend
 from teacache_fx.listener import ListeningHook
+from teacache_fx.whole_call import CallReader, seen_whole
 
 HOOK_NAME = "teacache"
 
@@ -54,8 +55,9 @@ class TeaCacheHook(ListeningHook):
         self.extractor_fn: Callable[..., Any] | None = None
         self._capture: dict[str, Any] = _CAPTURE_MORE
         self._compiled: Callable[..., Any] | None = None
+        self._reader: CallReader | None = None
 
-    _shared = ("backends", "backend", "config", "extractor_fn", "_capture", "_compiled")
+    _shared = ("backends", "backend", "config", "extractor_fn", "_capture", "_compiled", "_reader")
 
     def rescale_func(self, rel_l1: Tensor) -> Tensor:
         """The polynomial by which the relative L1 distance is rescaled; a tensor or a number of any shape."""
@@ -112,15 +114,19 @@ class TeaCacheHook(ListeningHook):
         with torch._dynamo.config.patch(self._capture):
             if self._compiled is None:
                 self._compiled = self._compile(module, args, kwargs)
-            return self._compiled(*args, **kwargs)
+            with seen_whole(self._reader.read(args, kwargs) if self._reader is not None else None):
+                return self._compiled(*args, **kwargs)
 
     def _compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         forward = _with_own_code(self.fn_ref.original_forward)
         with torch.no_grad():
-            forward(*args, **kwargs)  # some models build tables at their first call, which dynamo could not capture
+            # Some models build tables at their first call, which dynamo could not capture.
+            output = forward(*args, **kwargs)
         if self.extractor_fn is not None:
             validated(self.extractor_fn, module, *args, **kwargs)
             forward = extracted_forward(self.extractor_fn).__get__(module)
+        else:
+            self._reader = CallReader(forward, args, kwargs, output)
         compiled: Callable[..., Any] = torch.compile(forward, backend=self.backend)
         return compiled
 

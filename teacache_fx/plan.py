@@ -133,9 +133,15 @@ class Costs:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """All that the rewriting passes need to know about one graph."""
+    """All that the rewriting passes need to know about one graph.
+
+    Attributes:
+        stack, modulation, partition, costs: what each pass has found.
+        is_fragment: the graph begins behind a graph break, and is told timestep and conditioning by the hook.
+    """
 
     stack: BlockStack
     modulation: Modulation
     partition: Partition
     costs: Costs
+    is_fragment: bool = False

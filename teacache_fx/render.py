@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from teacache_fx.graph import clean_path, fake_value, is_user_input, module_path, op_name, source_name
+from teacache_fx.graph import fake_value, is_user_input, op_name, source_name
+from teacache_fx.module_paths import clean_path, module_path
 
 _SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
 

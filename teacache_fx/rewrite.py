@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from teacache_fx.coefficients import evaluate, horner
 from teacache_fx.config import ResolvedConfig
 from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.fragments import with_call_inputs
 from teacache_fx.graph import copy_graph_module, fake_value, runs_under_vmap
 from teacache_fx.marks import take_marks
 from teacache_fx.modes import without_idle_modes
@@ -51,17 +52,19 @@ class Pipeline:
     Args:
         gm: the captured graph; it is never edited.
         observer: called after each pass with its name and the graph as it is then, `None` for nobody.
+        is_fragment: the graph begins behind a graph break; the caller will pass `CALL_INPUTS` behind its own inputs.
 
     Attributes:
         timings: seconds per pass, and for copying the graph and generating its code.
     """
 
-    def __init__(self, gm: fx.GraphModule, observer: Observer | None = None) -> None:
+    def __init__(self, gm: fx.GraphModule, observer: Observer | None = None, is_fragment: bool = False) -> None:
         self._observer = observer
         self.timings: dict[str, float] = {}
+        gm = with_call_inputs(gm) if is_fragment else gm
         self.original, marked = take_marks(without_idle_modes(gm))
         self.gm = self.original
-        self.context = PassContext(marked=marked)
+        self.context = PassContext(marked=marked, is_fragment=is_fragment)
         self._known = {node.name for node in self.gm.graph.nodes}
 
     def analyse(self) -> CachePlan:

@@ -19,6 +19,7 @@ from teacache_fx.rewrite import RewrittenGraph
 from teacache_fx.signature import CacheSignature
 from teacache_fx.state import Memory, TeaCacheState
 from teacache_fx.store import StateStore
+from teacache_fx.whole_call import current_call
 
 
 class CachedGraph:
@@ -41,17 +42,29 @@ class CachedGraph:
         self._state_shapes = StateShapes(placeholders, rewritten.signature)
         self._graph = rewritten.fingerprint
         tensors = [i for i, node in enumerate(placeholders) if isinstance(fake_value(node), Tensor)]
+        self._is_fragment = rewritten.plan.is_fragment
+        self._device = rewritten.signature.tensors[0].device
         self._conditioning = _picker([i for i in tensors if placeholders[i].name in conditioning])
         self._user_inputs = _picker([i for i in tensors if is_user_input(placeholders[i])])
         self._weights = _picker([i for i in tensors if is_weight(placeholders[i])])
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        """Runs one denoising step."""
+        """Runs one denoising step.
+
+        Raises:
+            RuntimeError: the graph holds only a part of the forward, and nobody has said what the model is called with.
+        """
+        conditioning = self._conditioning(args)
+        if self._is_fragment:
+            whole = current_call()
+            if whole is None:
+                raise RuntimeError("this graph begins behind a graph break: call the model through its TeaCache hook")
+            args, conditioning = (*args, *whole.inputs(self._device)), whole.conditioning
         weights = self._weights(args)
         model = self._store.model(weights)
         call = model.context
         shapes = (self._graph, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in self._user_inputs(args)])
-        state = self._store.select(model, call, self._conditioning(args), shapes)
+        state = self._store.select(model, call, conditioning, shapes)
         if self._store.finds_none and not self._is_advised:
             self._is_advised = True
             warnings.warn(NEW_CONDITIONING, TeaCacheWarning, stacklevel=2)

@@ -17,15 +17,15 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 LEVELS = (
     {"checks", "errors", "coefficients", "policy"},
     {"advice", "contexts", "graph", "signature", "trajectory"},
-    {"config", "dataflow", "flops", "listener", "identity", "marks", "modes", "plot", "render", "pin_operands"},
-    {"plan", "compilers", "extractors", "state"},
+    {"config", "dataflow", "flops", "listener", "identity", "marks", "modes", "module_paths", "pin_operands", "plot"},
+    {"plan", "compilers", "extractors", "render", "state"},
     {"stats", "store"},
     {"report", "passes.base"},
     {
-        "passes.branches", "passes.input_roles", "passes.modulation_patterns", "passes.pair_live_outputs",
-        "passes.verify",
+        "passes.block_lists", "passes.branches", "passes.input_roles", "passes.modulation_patterns",
+        "passes.pair_live_outputs", "passes.verify",
     },
-    {"passes.follow_latents", "passes.memory_order"},
+    {"passes.follow_latents", "passes.memory_order", "passes.repetition"},
     {
         "passes.cleanup", "passes.find_block_stack", "passes.insert_cond", "passes.match_modulation",
         "passes.partition_graph", "passes.read_extractor",

@@ -1,0 +1,110 @@
+"""Which nodes belong to which element of which list of blocks, told by the modules that they were captured in."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from teacache_fx.dataflow import Dataflow
+from teacache_fx.flops import approximate, is_matmul, total_flops
+from teacache_fx.graph import fake_tensors, op_name
+from teacache_fx.module_paths import BlockOwner, block_of
+from teacache_fx.plan import BlockList
+
+Owners = Callable[[fx.Node], BlockOwner | None]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One list of blocks.
+
+    Attributes:
+        path: of the list, or of the one module that is called again and again; empty where no module tells.
+        elements: the nodes of each block in graph order, in order of execution.
+        classes: class name of each block; empty strings where no module tells.
+    """
+
+    path: str
+    elements: tuple[tuple[fx.Node, ...], ...]
+    classes: tuple[str, ...]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The nodes of all blocks."""
+        return [node for element in self.elements for node in element]
+
+    @property
+    def work(self) -> float:
+        """FLOPs of all blocks, at the captured sizes."""
+        return approximate(total_flops(self.nodes))
+
+    def describe(self) -> BlockList:
+        """The list as a fact for the plan."""
+        kinds = {tuple(map(op_name, element)) for element in self.elements}
+        return BlockList(self.path, len(self.elements), tuple(dict.fromkeys(self.classes)), len(kinds))
+
+
+def blocks_by_module(nodes: Iterable[fx.Node], owners: Owners = block_of) -> list[Blocks]:
+    """The lists with at least two elements that hold matrix products.
+
+    Args:
+        nodes: in graph order.
+        owners: tells the list element that a node belongs to.
+    """
+    lists: dict[str, dict[int, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
+    classes: dict[tuple[str, int], str] = {}
+    for node in nodes:
+        if node.op != "placeholder" and (owner := owners(node)):
+            lists[owner.path][owner.index].append(node)
+            classes.setdefault((owner.path, owner.index), owner.class_name)
+    found = []
+    for path, elements in lists.items():
+        working = {index: tuple(inside) for index, inside in elements.items() if any(map(is_matmul, inside))}
+        if len(working) >= 2:
+            found.append(Blocks(path, tuple(working.values()), tuple(classes[path, index] for index in working)))
+    return found
+
+
+def is_repeated(blocks: Blocks) -> bool:
+    """At least two elements are of one class and are more than a single layer."""
+    composite = [
+        name for name, element in zip(blocks.classes, blocks.elements, strict=True) if sum(map(is_matmul, element)) >= 2
+    ]
+    return len(composite) > len(set(composite))
+
+
+def is_chain(blocks: Blocks, flow: Dataflow) -> bool:
+    """The last element depends on the first; parallel heads and experts do not."""
+    behind_first = flow.forward(blocks.elements[0])
+    return any(node in behind_first for node in blocks.elements[-1] if is_matmul(node))
+
+
+def hands_over(blocks: Blocks) -> bool:
+    """Each element takes a value straight from the one before it, with nothing between them."""
+    pairs = zip(blocks.elements, blocks.elements[1:], strict=False)
+    return all(
+        any(source in set(before) for node in after for source in node.all_input_nodes) for before, after in pairs
+    )
+
+
+def keeps_shapes(blocks: Blocks) -> bool:
+    """Two elements of one class do at least half of their matrix products on the same shapes.
+
+    The blocks of a transformer do; the stages of a U-Net or a ResNet change resolution and width.
+    """
+    last_of_class: dict[str, Counter[object]] = {}
+    for name, element in zip(blocks.classes, blocks.elements, strict=True):
+        shapes = Counter(_signature(node) for node in element if is_matmul(node))
+        former = last_of_class.get(name)
+        if former is not None and 2 * (shapes & former).total() >= min(shapes.total(), former.total()):
+            return True
+        last_of_class[name] = shapes
+    return False
+
+
+def _signature(node: fx.Node) -> object:
+    tensors = [tensor for source in (node, *node.all_input_nodes) for tensor in fake_tensors(source)[:1]]
+    return op_name(node), tuple(tuple(map(str, tensor.shape)) for tensor in tensors)

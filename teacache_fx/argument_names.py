@@ -1,0 +1,24 @@
+"""What the field calls the arguments of a denoiser."""
+
+from __future__ import annotations
+
+LATENT_NAMES = ("hidden_states", "latents", "sample", "x")
+"""Names of the latents, the likeliest first."""
+
+ENOUGH = 3
+"""A score of `says_time` from which on the name alone tells a timestep."""
+
+_TIME_WORDS = {
+    "timestep": 4, "timesteps": 4, "t": 3, "time": 3, "time_step": 3, "sigma": 3, "sigmas": 3, "noise_level": 3,
+    "noise_labels": 3, "c_noise": 3, "log_snr": 3,
+}  # fmt: skip
+
+
+def says_time(name: str, ndim: int) -> int:
+    """How much name and number of dimensions of an argument say that it is a timestep, from 0 to 4.
+
+    Per sample, token or frame it has up to three dimensions; `t` with three is as likely to be text.
+    """
+    if ndim > (2 if name == "t" else 3):
+        return 0
+    return _TIME_WORDS.get(name, ENOUGH if "timestep" in name else 0)

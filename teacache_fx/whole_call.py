@@ -1,0 +1,121 @@
+"""What a model was called with, for graphs that hold only a part of its forward.
+
+Note [Graph breaks]: some models break the graph before their blocks. The graph of the blocks then takes the timestep's
+embedding and the embedded prompt, made anew at each call; neither a new generation nor another prompt can be told from
+these. The hook sees the whole call: it hands the timestep and a hash of the conditioning to such a graph as two more
+inputs, and the identity of the conditioning to the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teacache_fx.argument_names import LATENT_NAMES, says_time
+from teacache_fx.trajectory import content_hash
+
+
+@dataclass(frozen=True)
+class WholeCall:
+    """One call of a model.
+
+    Attributes:
+        timestep: any real dtype and shape.
+        steady: what stays the same throughout a generation, any dtypes and shapes: all tensors but latents and timestep.
+    """
+
+    timestep: Tensor
+    steady: tuple[Tensor, ...]
+
+    @property
+    def conditioning(self) -> tuple[Tensor, ...]:
+        """Of `steady` the embeddings, whose identity tells one prompt from another; without any, all of it."""
+        return tuple(t for t in self.steady if t.is_floating_point() and t.ndim > 1) or self.steady
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean timestep, float32 of shape [], and hash of all that is steady, int64 of shape []; on the device."""
+        hashed = torch.zeros((), dtype=torch.int64, device=device)
+        for number, tensor in enumerate(self.steady):
+            hashed = hashed + content_hash(tensor).to(device) * (2 * number + 1)
+        return self.timestep.to(device, torch.float32).mean(), hashed
+
+
+class CallReader:
+    """Tells latents, timestep and conditioning among the arguments of a model's calls.
+
+    Args:
+        forward: the model's.
+        args: of one call.
+        kwargs: likewise.
+        output: what that call returned.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self._signature = inspect.signature(forward)
+        arguments = self._tensors(args, kwargs)
+        self._times = {name for name, tensors in arguments.items() if tensors and says_time(name, tensors[0].ndim)}
+        self._timestep = max(self._times, key=lambda name: says_time(name, arguments[name][0].ndim), default="")
+        results, others = _leaves(output), arguments.keys() - self._times
+        self._latents = max(sorted(others), key=lambda name: _likeness(name, arguments[name], results), default="")
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WholeCall | None:
+        """The call, or `None` if it has no timestep."""
+        arguments = self._tensors(args, kwargs)
+        if not arguments.get(self._timestep):
+            return None
+        steady = (
+            tensor
+            for name, tensors in arguments.items()
+            if name != self._latents and name not in self._times
+            for tensor in tensors
+        )
+        return WholeCall(arguments[self._timestep][0], tuple(steady))
+
+    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
+        arguments: dict[str, Any] = dict(self._signature.bind(*args, **kwargs).arguments)
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name, {})
+        return {name: _leaves(value) for name, value in arguments.items()}
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    value = dict(value) if hasattr(value, "keys") else value  # a ModelOutput of diffusers
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _likeness(name: str, tensors: list[Tensor], results: list[Tensor]) -> tuple[int, ...]:
+    """How much an argument looks like what is denoised: by shape, then by name."""
+    if name.startswith("encoder_"):
+        return (-1,)
+    rank = len(LATENT_NAMES) - LATENT_NAMES.index(name) if name in LATENT_NAMES else 0
+    pairs = [(tensor, result) for tensor in tensors for result in results if tensor.is_floating_point()]
+    same = any(tensor.shape == result.shape for tensor, result in pairs)
+    return int(same), rank, int(any(tensor.ndim == result.ndim for tensor, result in pairs))
+
+
+_current: ContextVar[WholeCall | None] = ContextVar("teacache_fx_whole_call", default=None)
+
+
+def current_call() -> WholeCall | None:
+    """The call that is being made, or `None` if nobody sees it whole."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def seen_whole(call: WholeCall | None) -> Iterator[None]:
+    """Makes the call known to the graphs that it runs."""
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        _current.reset(token)
