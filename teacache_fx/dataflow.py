@@ -22,7 +22,8 @@ class Dataflow:
 
     Attributes:
         order: position of each node in the graph.
-        predecessors: arguments of a node and earlier writers to the memory that it reads.
+        predecessors: arguments of a node and earlier writers to the memory that it reads; and of the nodes inside a
+            functorch transform all the others, since it can only be moved as a whole.
         successors: the converse.
         writers: for each storage that is written at all, its writers in graph order.
         live: the nodes that an output, a write to an input or an effect needs.
@@ -36,6 +37,9 @@ class Dataflow:
         self.successors: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}
         for node in self.nodes:
             self._add(node)
+        for stretch in transforms(self.nodes):
+            for node in stretch:
+                self._tie(node, stretch[0])
         self.live = self.backward(self._roots())
 
     def _add(self, node: fx.Node) -> None:
@@ -51,6 +55,12 @@ class Dataflow:
         for argument in written_arguments(node):
             for storage in storages(argument):
                 self.writers.setdefault(storage, []).append(node)
+
+    def _tie(self, node: fx.Node, other: fx.Node) -> None:
+        """Makes two nodes need each other."""
+        for one, two in ((node, other), (other, node)):
+            self.predecessors[one].append(two)
+            self.successors[two].append(one)
 
     def _roots(self) -> list[fx.Node]:
         roots = [node for node in self.nodes if node.op == "output" or is_mode(node) or _is_assertion(node)]
@@ -81,6 +91,24 @@ def _reach(starts: Iterable[fx.Node], edges: dict[fx.Node, list[fx.Node]], stop:
             reached.add(node)
             todo.extend(edges[node])
     return reached
+
+
+def transforms(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
+    """The stretches of the graph inside functorch transforms, such as the vmap that builds a block mask.
+
+    Each begins by raising the level of nesting and ends by lowering it to where it was.
+    """
+    stretches: list[list[fx.Node]] = []
+    level = 0
+    for node in nodes:
+        is_entry = op_name(node).endswith("_increment_nesting")
+        if is_entry and level == 0:
+            stretches.append([])
+        level += is_entry
+        if level > 0:
+            stretches[-1].append(node)
+        level -= op_name(node).endswith("_decrement_nesting")
+    return stretches
 
 
 def is_mode(node: fx.Node) -> bool:

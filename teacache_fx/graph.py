@@ -77,8 +77,12 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
 
 
 def storages(node: fx.Node) -> set[int]:
-    """Identities of the storages that the node's tensors live in. Tensors share one exactly if they alias."""
-    return {tensor.untyped_storage()._cdata for tensor in fake_tensors(node) if tensor.layout == torch.strided}
+    """Identities of the storages that the node's tensors live in. Tensors share one exactly if they alias.
+
+    What a vmap is mapping over has none that could be told.
+    """
+    plain = (tensor for tensor in fake_tensors(node) if not torch._C._functorch.is_batchedtensor(tensor))
+    return {tensor.untyped_storage()._cdata for tensor in plain if tensor.layout == torch.strided}
 
 
 def op_name(node: fx.Node) -> str:
@@ -182,8 +186,6 @@ def mark_as_state(placeholder: fx.Node) -> None:
     placeholder.meta["tensor_dict"] = {}
 
 
-def runs_under_vmap(graph: fx.Graph) -> bool:
-    """Whether the graph was captured inside or around a functorch transform."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return any("_functorch" in str(getattr(node.target, "__module__", "")) for node in graph.nodes)
+def inside_functorch() -> bool:
+    """Whether a functorch transform, such as vmap, is active right now."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

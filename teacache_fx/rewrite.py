@@ -12,9 +12,11 @@ from torch import Tensor, fx
 
 from teacache_fx.coefficients import evaluate, horner
 from teacache_fx.config import ResolvedConfig
+from teacache_fx.dataflow import transforms
 from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.flops import is_matmul
 from teacache_fx.fragments import with_call_inputs
-from teacache_fx.graph import copy_graph_module, fake_value, runs_under_vmap
+from teacache_fx.graph import copy_graph_module, fake_value, inside_functorch
 from teacache_fx.marks import take_marks
 from teacache_fx.modes import without_idle_modes
 from teacache_fx.passes import ANALYSIS, REWRITING, Pass, PassContext
@@ -139,7 +141,7 @@ def _fingerprint(gm: fx.GraphModule, signature: CacheSignature) -> int:
 
 
 def _check_capture(gm: fx.GraphModule) -> None:
-    if runs_under_vmap(gm.graph):
+    if inside_functorch() or any(is_matmul(node) for stretch in transforms(gm.graph.nodes) for node in stretch):
         raise Declined(DeclineReason.VMAP, "the graph is mapped over a batch dimension by functorch")
     tensors = [node for node in gm.graph.nodes if node.op == "placeholder" and isinstance(fake_value(node), Tensor)]
     if not tensors:
