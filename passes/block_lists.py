@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -69,11 +70,16 @@ def blocks_by_module(nodes: Iterable[fx.Node], owners: Owners = block_of) -> lis
 
 
 def is_repeated(blocks: Blocks) -> bool:
-    """At least two elements are of one class and are more than a single layer."""
-    composite = [
-        name for name, element in zip(blocks.classes, blocks.elements, strict=True) if sum(map(is_matmul, element)) >= 2
-    ]
+    """At least two elements are of one class and are more than a single layer, however often that is called."""
+    pairs = zip(blocks.classes, blocks.elements, strict=True)
+    composite = [name for name, element in pairs if _num_layers(element) >= 2]
     return len(composite) > len(set(composite))
+
+
+def _num_layers(nodes: Iterable[fx.Node]) -> int:
+    """Matrix products with different right-hand sides, which are the weights of linear layers and convolutions."""
+    inputs = [node.all_input_nodes for node in nodes if is_matmul(node)]
+    return len({sources[min(1, len(sources) - 1)] for sources in inputs})
 
 
 def is_chain(blocks: Blocks, flow: Dataflow) -> bool:
@@ -84,9 +90,9 @@ def is_chain(blocks: Blocks, flow: Dataflow) -> bool:
 
 def hands_over(blocks: Blocks) -> bool:
     """Each element takes a value straight from the one before it, with nothing between them."""
-    pairs = zip(blocks.elements, blocks.elements[1:], strict=False)
     return all(
-        any(source in set(before) for node in after for source in node.all_input_nodes) for before, after in pairs
+        any(source in former for node in element for source in node.all_input_nodes)
+        for former, element in itertools.pairwise(map(set, blocks.elements))
     )
 
 

@@ -49,7 +49,7 @@ class MatchModulation:
         owner = block_of(matmul)
         block = f"{owner.path}.{owner.index}" if owner else module_path(matmul).rpartition(".")[0]
         timed = flow.forward(embedded_times(flow, ctx.stack.latents) if ctx.is_fragment else [timestep])
-        pattern = name_pattern(indicator, timed, dependent)
+        pattern = name_pattern(indicator, timed, dependent, block)
         ctx.modulation = Modulation(indicator.name, pattern, timestep.name, block)
         return False
 

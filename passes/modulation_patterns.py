@@ -15,7 +15,7 @@ from torch import fx
 from teacache_fx.dataflow import view_source
 from teacache_fx.flops import is_matmul
 from teacache_fx.graph import is_user_input, op_name
-from teacache_fx.module_paths import block_of
+from teacache_fx.module_paths import module_path
 
 _ADD = {"add", "__add__", "__radd__", operator.add.__name__}
 _MUL = {"mul", "__mul__", "__rmul__", operator.mul.__name__}
@@ -67,9 +67,16 @@ PATTERNS: tuple[ModulationPattern, ...] = (
 )
 
 
-def name_pattern(indicator: fx.Node, timed: set[fx.Node], dependent: set[fx.Node]) -> str:
-    """The first pattern that holds for the indicator, given what depends on the timestep and on the latents."""
-    found = _modulators(indicator, dependent, timed)
+def name_pattern(indicator: fx.Node, timed: set[fx.Node], dependent: set[fx.Node], block: str) -> str:
+    """The first pattern that holds for the indicator.
+
+    Args:
+        indicator: the modulated input.
+        timed: all that depends on the timestep.
+        dependent: all that depends on the latents.
+        block: module path of the block that the indicator was found in; empty if it has none.
+    """
+    found = _modulators(indicator, dependent, timed, block)
     return next(pattern.name for pattern in PATTERNS if pattern.holds(found))
 
 
@@ -83,12 +90,12 @@ def strip(node: fx.Node) -> fx.Node:
     return node
 
 
-def _modulators(indicator: fx.Node, dependent: set[fx.Node], timed: set[fx.Node]) -> Modulators:
+def _modulators(indicator: fx.Node, dependent: set[fx.Node], timed: set[fx.Node], block: str) -> Modulators:
     node, shift = _peel(strip(indicator), _ADD, dependent, timed)
     node, scale = _peel(node, _MUL, dependent, timed)
     is_decomposed_norm = op_name(node) in _MUL  # x * rsqrt(mean(x ** 2)): both factors depend on the latents
     has_norm = op_name(node) in _NORMS or is_decomposed_norm
-    projection = _projection(shift if shift is not None else scale)
+    projection = _projection(shift if shift is not None else scale, block)
     return Modulators(scale, shift, *projection, has_norm, indicator in timed)
 
 
@@ -102,7 +109,7 @@ def _peel(node: fx.Node, ops: set[str], dependent: set[fx.Node], timed: set[fx.N
     return node, None
 
 
-def _projection(modulator: fx.Node | None) -> tuple[bool, bool]:
+def _projection(modulator: fx.Node | None, block: str) -> tuple[bool, bool]:
     """Whether a table is added on the way from the last projection to the modulator, and whether that is in a block."""
     todo, seen, table = [modulator] if modulator is not None else [], set[fx.Node](), False
     while todo:
@@ -111,7 +118,7 @@ def _projection(modulator: fx.Node | None) -> tuple[bool, bool]:
             continue
         seen.add(node)
         if is_matmul(node):
-            return table, block_of(node) is not None
+            return table, bool(block) and f"{module_path(node)}.".startswith(f"{block}.")
         parameters = [n for n in node.all_input_nodes if strip(n).op == "placeholder" and not is_user_input(strip(n))]
         table = table or (op_name(node) in _ADD and bool(parameters))
         todo += node.all_input_nodes

@@ -9,6 +9,7 @@ is that the graph repeats itself: the sequence of (op, shape) of the nodes that 
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ def _candidate_periods(words: Sequence[int], matmuls: Sequence[int]) -> list[int
     """The commonest distances between one pair of successive matmuls and the next such pair, shortest first."""
     places: dict[tuple[int, int, int], int] = {}
     distances: Counter[int] = Counter()
-    for position, following in zip(matmuls, matmuls[1:], strict=False):
+    for position, following in itertools.pairwise(matmuls):
         pair = words[position], words[following], following - position
         if pair in places:
             distances[position - places[pair]] += 1

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from teacache_fx.capture import CaptureSite, capture_site
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import original
 from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
-from teacache_fx.capture import CaptureSite, capture_site
 from teacache_fx.report import RewriteReport
 from teacache_fx.rewrite import Pipeline
 

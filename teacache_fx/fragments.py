@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from teacache_fx.graph import copy_graph_module, fake_mode_of, fake_tensors, is_user_input, mark_as_state, set_fake_value
+from teacache_fx.graph import (
+    copy_graph_module,
+    fake_mode_of,
+    fake_tensors,
+    is_user_input,
+    mark_as_state,
+    set_fake_value,
+)
 
 CALL_INPUTS = ("timestep_of_call", "conditioning_of_call")
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch import fx, nn
 
 from teacache_fx.advice import advice_on_generation
+from teacache_fx.capture import capture_site, state_examples
 from teacache_fx.checks import check_count
 from teacache_fx.compilers import check_inner, compile_with, inductor_options, is_inductor_option
 from teacache_fx.config import TeaCacheConfig
@@ -21,7 +22,6 @@ from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
 from teacache_fx.explain import explained
 from teacache_fx.extractors import has_extractor
 from teacache_fx.flops import is_matmul
-from teacache_fx.capture import capture_site, state_examples
 from teacache_fx.report import RewriteReport
 from teacache_fx.rewrite import Pipeline
 from teacache_fx.runtime import CachedGraph

@@ -45,7 +45,7 @@ def block_of(node: fx.Node) -> BlockOwner | None:
 
 
 def numbered_block_of(node: fx.Node) -> BlockOwner | None:
-    """The outermost numbered attribute that the node belongs to: `layer`, 3 for a node in `layer_3.norm` or `layer3`."""
+    """The outermost numbered attribute that the node belongs to: `layer`, 3 for a node in `layer_3.norm`."""
     path = module_path(node)
     match = _NUMBERED.search(path)
     if match is None:

@@ -16,9 +16,11 @@ class BlockList:
     """One list of repeated blocks inside the stack.
 
     Attributes:
-        path: module path of the list, such as `transformer_blocks`.
+        path: module path of the list, such as `transformer_blocks`, or of one module that is called again and again;
+            empty where no module tells and the repetition of the operations does.
         num_blocks: how many of its blocks the stack runs.
-        block_classes: class names of the blocks, without repetition, in order of appearance.
+        block_classes: class names of the blocks, without repetition, in order of appearance; empty strings without
+            modules.
         num_kinds: how many different op sequences the blocks have.
     """
 
@@ -29,7 +31,8 @@ class BlockList:
 
     def __str__(self) -> str:
         kinds = "all alike" if self.num_kinds == 1 else f"{self.num_kinds} kinds"
-        return f"{self.path}: {self.num_blocks} x {' | '.join(self.block_classes)} ({kinds})"
+        what = " | ".join(filter(None, self.block_classes)) or "repeated operations"
+        return f"{self.path or 'no module'}: {self.num_blocks} x {what} ({kinds})"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class WholeCall:
 
     Attributes:
         timestep: any real dtype and shape.
-        steady: what stays the same throughout a generation, any dtypes and shapes: all tensors but latents and timestep.
+        steady: all tensors but latents and timestep, any dtypes and shapes; they stay the same in a generation.
     """
 
     timestep: Tensor
@@ -57,9 +57,7 @@ class CallReader:
         output: what that call returned.
     """
 
-    def __init__(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._signature = inspect.signature(forward)
         arguments = self._tensors(args, kwargs)
         self._times = {name for name, tensors in arguments.items() if tensors and says_time(name, tensors[0].ndim)}
