@@ -70,7 +70,11 @@ def _keeps_tokens(node: fx.Node, like: fx.Node) -> bool:
 
 def _taken(node: fx.Node, dimension: int, size: int) -> range | None:
     """The positions that an indexing node takes along a dimension; `None` if it is no plain indexing."""
-    if op_name(node) != "getitem" or view_source(node) is None:
+    if view_source(node) is None:
+        return None
+    if op_name(node) in ("slice", "select") and len(node.args) > 2:
+        return _taken_by_aten(node, dimension, size)
+    if op_name(node) != "getitem":
         return None
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if any(item is None or item is Ellipsis for item in index) or len(index) <= dimension:
@@ -81,3 +85,13 @@ def _taken(node: fx.Node, dimension: int, size: int) -> range | None:
     if isinstance(item, slice) and all(bound is None or isinstance(bound, int) for bound in (item.start, item.stop)):
         return range(size)[item]
     return None
+
+
+def _taken_by_aten(node: fx.Node, dimension: int, size: int) -> range | None:
+    """The same for what export makes of an index: `slice(x, dim, start, stop, step)` and `select(x, dim, index)`."""
+    numbers = [argument for argument in node.args[1:] if isinstance(argument, int)]
+    if len(numbers) < len(node.args) - 1 or numbers[0] % tensor_of(node.args[0]).ndim != dimension:  # type: ignore[arg-type]
+        return None
+    if op_name(node) == "select":
+        return range(size)[numbers[1] : numbers[1] + 1 or None]
+    return range(size)[slice(*numbers[1:])]

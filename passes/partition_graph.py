@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from teacache_fx.dataflow import Dataflow, is_mode, view_source
+from teacache_fx.dataflow import Dataflow, is_assertion, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import total_flops
 from teacache_fx.fragments import CALL_INPUTS
@@ -96,9 +96,11 @@ def _split(
     written = {writer for value in cut for writer in _writers(flow, value)} & region
     starts = [*gm.graph.output_node().all_input_nodes, *needed, *(pair.base for pair in pairs)]
     starts += [writer for node in flow.nodes if node.op == "placeholder" for writer in _writers(flow, node)]
+    behind_cut = flow.forward(cut)
+    starts += [node for node in behind_cut if is_assertion(node)]  # nobody takes its result
     keep = flow.backward(starts, stop=cut | written) & live
     keep |= {node for node in live if op_name(node) == "getitem" and keep & set(_tuple_source(node))}
-    behind = flow.forward(cut) & keep
+    behind = behind_cut & keep
     inner = [node for node in flow.sort(live) if node.op not in ("placeholder", "output")]
     return Parts(
         prologue=[node for node in inner if node in keep and node not in behind],

@@ -63,7 +63,7 @@ class Dataflow:
             self.successors[two].append(one)
 
     def _roots(self) -> list[fx.Node]:
-        roots = [node for node in self.nodes if node.op == "output" or is_mode(node) or _is_assertion(node)]
+        roots = [node for node in self.nodes if node.op == "output" or is_mode(node) or is_assertion(node)]
         for node in self.nodes:
             if node.op == "placeholder" and self.writers:
                 roots += [writer for storage in storages(node) for writer in self.writers.get(storage, [])]
@@ -116,7 +116,8 @@ def is_mode(node: fx.Node) -> bool:
     return op_name(node) in _MODES
 
 
-def _is_assertion(node: fx.Node) -> bool:
+def is_assertion(node: fx.Node) -> bool:
+    """Whether the node checks something, and gives back nothing that anybody takes."""
     name = op_name(node)
     return name.startswith(("_assert", "sym_constrain")) or name == "_check"
 

@@ -133,8 +133,15 @@ _IN_PLACE_OPERATORS = {
 }  # fmt: skip
 
 
+def name_source(placeholder: fx.Node, source: str) -> None:
+    """Says where an input comes from, as dynamo would, for a graph that dynamo has not captured."""
+    placeholder.meta["teacache_source"] = source
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Where dynamo took an input from, such as `L['kwargs']['timestep']`; the placeholder's own name if unknown."""
+    if "teacache_source" in placeholder.meta:
+        return str(placeholder.meta["teacache_source"])
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return placeholder.name
