@@ -11,7 +11,7 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.flops import approximate, is_matmul, total_flops
-from teacache_fx.graph import fake_tensors, op_name
+from teacache_fx.graph import fake_tensors, op_name, printed_shape
 from teacache_fx.module_paths import BlockOwner, block_of
 from teacache_fx.plan import BlockList
 
@@ -113,4 +113,4 @@ def keeps_shapes(blocks: Blocks) -> bool:
 
 def _signature(node: fx.Node) -> object:
     tensors = [tensor for source in (node, *node.all_input_nodes) for tensor in fake_tensors(source)[:1]]
-    return op_name(node), tuple(tuple(map(str, tensor.shape)) for tensor in tensors)
+    return op_name(node), tuple(printed_shape(tensor) for tensor in tensors)

@@ -12,7 +12,7 @@ from teacache_fx.dataflow import Dataflow, is_assertion, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import total_flops
 from teacache_fx.fragments import CALL_INPUTS
-from teacache_fx.graph import fake_tensors, fake_value, op_name, storages
+from teacache_fx.graph import fake_tensors, fake_value, is_unbacked, op_name, storages
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.follow_latents import check_follows_latents
 from teacache_fx.passes.input_roles import conditioning_inputs, steady_inputs
@@ -152,6 +152,6 @@ def _check_modes(flow: Dataflow) -> None:
 def _check_shapes(nodes: Iterable[fx.Node]) -> None:
     for node in nodes:
         for size in fake_tensors(node)[0].shape:
-            if isinstance(size, torch.SymInt) and any(s.name.startswith("u") for s in size.node.expr.free_symbols):
+            if is_unbacked(size):
                 detail = f"size {size} of the state is known only after running the model"
                 raise Declined(DeclineReason.UNKNOWN_STATE_SHAPE, detail, node.name)

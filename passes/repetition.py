@@ -19,7 +19,7 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.flops import is_matmul
-from teacache_fx.graph import fake_tensors, op_name
+from teacache_fx.graph import fake_tensors, op_name, printed_shape
 from teacache_fx.module_paths import module_class, module_path
 from teacache_fx.passes.block_lists import Blocks
 
@@ -73,7 +73,7 @@ def _words(nodes: Sequence[fx.Node]) -> list[int]:
     words = []
     for node in nodes:
         tensors = [tensor for source in (node, *node.all_input_nodes) for tensor in fake_tensors(source)[:1]]
-        word = op_name(node), tuple((tuple(map(str, tensor.shape)), tensor.dtype) for tensor in tensors)
+        word = op_name(node), tuple((printed_shape(tensor), tensor.dtype) for tensor in tensors)
         words.append(numbers.setdefault(word, len(numbers)))
     return words
 

@@ -24,10 +24,12 @@ class GraphBreak:
     Attributes:
         place: file and line, and the code that stands there.
         cause: dynamo's own words, the first line of them.
+        frames: file and line of each call on the way there, the innermost last.
     """
 
     place: str
     cause: str
+    frames: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         return f"the capture broke at {self.place}: {self.cause}"
@@ -74,7 +76,8 @@ def _graph_break(reason: Any) -> GraphBreak | None:
     frame = reason.user_stack[-1] if reason.user_stack else None
     path = "/".join(frame.filename.replace("\\", "/").split("/")[-2:]) if frame else "unknown"
     place = f"{path}:{frame.lineno} `{(frame.line or '').strip()}`" if frame else path
-    return GraphBreak(place, str(reason.reason).strip().split("\n")[0])
+    frames = tuple((frame.filename, frame.lineno or 0) for frame in reason.user_stack)
+    return GraphBreak(place, str(reason.reason).strip().split("\n")[0], frames)
 
 
 def state_examples(gm: fx.GraphModule, num_inputs: int) -> list[torch.Tensor]:

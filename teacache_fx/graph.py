@@ -62,6 +62,16 @@ def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.ndim == right.ndim and all(map(same_size, left.shape, right.shape))
 
 
+def is_unbacked(size: Any) -> bool:
+    """Whether a size is known only after running the model, such as the number of tokens that a mask selects."""
+    return isinstance(size, torch.SymInt) and any(str(s).startswith("u") for s in size.node.expr.free_symbols)
+
+
+def printed_shape(tensor: torch.Tensor) -> tuple[str, ...]:
+    """The sizes as text, for comparing blocks with each other: each block names an unknown size anew."""
+    return tuple("?" if is_unbacked(size) else str(size) for size in tensor.shape)
+
+
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     """The mode that the graph's fake tensors live in.
 

@@ -28,7 +28,7 @@ from teacache_fx.runtime import CachedGraph
 from teacache_fx.state import TeaCacheState
 from teacache_fx.stats import CacheStats, collect
 from teacache_fx.store import MAX_CONTEXTS, StateStore
-from teacache_fx.whole_call import current_call
+from teacache_fx.whole_call import current_call, current_capture
 
 log = logging.getLogger(__name__)
 _ON_DECLINE = ("warn", "raise", "ignore")
@@ -97,9 +97,13 @@ class GraphBackend:
         except Declined as refusal:
             declined = _with_hint(explained(refusal, site), class_name)
             self.reports.append(RewriteReport(class_name, len(gm.graph.nodes), declined=declined))
-            if settings.on_decline == "raise":
+            part_of = current_capture()
+            if part_of is not None and (site.is_part or root is not part_of.model):
+                part_of.refusals.append((declined, site.graph_break))  # another part may hold the blocks
+            elif settings.on_decline == "raise":
                 return _raiser(declined)
-            self._tell(root, class_name, gm, declined, settings)
+            elif any(map(is_matmul, gm.graph.nodes)):  # else what a graph break leaves, and nothing to cache
+                self.tell(root, class_name, declined, settings.on_decline)
             return compile_with(settings.inner, gm, example_inputs, settings.inductor)
         except (TypeError, ValueError) as error:
             return _raiser(error)
@@ -110,6 +114,8 @@ class GraphBackend:
         report = RewriteReport(class_name, len(gm.graph.nodes), rewritten.plan, config=resolved, timings=timings)
         self.reports.append(report)
         log.info("%s", report)
+        if (capture := current_capture()) is not None:
+            capture.is_rewritten = True
         store = self._stores.setdefault((class_name, settings.config), StateStore(self.max_contexts))
         # A diffusers transformer that has cache_context; others have nothing to tell, and diffusers may be absent.
         if root is not None and hasattr(root, "_reset_stateful_cache"):
@@ -182,14 +188,25 @@ class GraphBackend:
         if advice:
             warnings.warn(advice, TeaCacheWarning, stacklevel=3)
 
-    def _tell(
-        self, root: nn.Module | None, class_name: str, gm: fx.GraphModule, declined: Declined, settings: _Settings
-    ) -> None:
+    def tell(self, model: nn.Module | None, class_name: str, declined: Declined, on_decline: str | None = None) -> None:
+        """Says that a model runs uncached, once for each model.
+
+        Args:
+            model: the transformer, `None` if it is not known.
+            class_name: of the transformer.
+            declined: why.
+            on_decline: as for `TeaCacheBackend`; `None` for the backend's own.
+
+        Raises:
+            Declined: under `on_decline="raise"`.
+        """
+        on_decline = on_decline or self.on_decline
         log.info("%s declined: %s", class_name, declined)
-        is_fragment = not any(map(is_matmul, gm.graph.nodes))  # what a graph break leaves has nothing to cache
-        if settings.on_decline == "warn" and not is_fragment and root not in self._warned:
-            if root is not None:
-                self._warned.add(root)
+        if on_decline == "raise":
+            raise declined
+        if on_decline == "warn" and model not in self._warned:
+            if model is not None:
+                self._warned.add(model)
             warnings.warn(f"{class_name} runs without TeaCache: {declined}", TeaCacheWarning, stacklevel=2)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,9 +17,11 @@ from teacache_fx.coefficients import evaluate, horner
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import announce, original
 from teacache_fx.extractors import extracted_forward, extractor_of, validated
+from teacache_fx.forwards import named_arguments, with_own_code
 from teacache_fx.graph_backend import GraphBackend
 from teacache_fx.listener import ListeningHook
-from teacache_fx.whole_call import CallReader, seen_whole
+from teacache_fx.opaque import OpaqueModule, breaking_modules, make_opaque
+from teacache_fx.whole_call import CallReader, Capture, seen_whole
 
 HOOK_NAME = "teacache"
 
@@ -56,8 +55,11 @@ class TeaCacheHook(ListeningHook):
         self._capture: dict[str, Any] = _CAPTURE_MORE
         self._compiled: Callable[..., Any] | None = None
         self._reader: CallReader | None = None
+        self._opaque: list[OpaqueModule] = []
+        self._has_rewritten = False
 
     _shared = ("backends", "backend", "config", "extractor_fn", "_capture", "_compiled", "_reader")
+    _shared += ("_opaque", "_has_rewritten")
 
     def rescale_func(self, rel_l1: Tensor) -> Tensor:
         """The polynomial by which the relative L1 distance is rescaled; a tensor or a number of any shape."""
@@ -110,15 +112,34 @@ class TeaCacheHook(ListeningHook):
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The settings count at each call, since dynamo would compile anew for others.
         if self.extractor_fn is not None:
-            args, kwargs = _named(module, self.extractor_fn, args, kwargs)
+            args, kwargs = named_arguments(module, self.extractor_fn, args, kwargs)
         with torch._dynamo.config.patch(self._capture):
             if self._compiled is None:
                 self._compiled = self._compile(module, args, kwargs)
-            with seen_whole(self._reader.read(args, kwargs) if self._reader is not None else None):
-                return self._compiled(*args, **kwargs)
+            with seen_whole(module, self._reader.read(args, kwargs) if self._reader is not None else None) as capture:
+                output = self._compiled(*args, **kwargs)
+            self._has_rewritten |= capture.is_rewritten
+            verdict = None if self._has_rewritten else capture.verdict
+            if verdict is not None and not self._heal(module, capture, args, kwargs):
+                self.backend.tell(module, self._class_name, verdict)
+            return output
+
+    def _heal(
+        self, module: nn.Module, capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[OpaqueModule]:
+        """Keeps whole the submodules that broke the graph, so that the next call captures the rest; once at most."""
+        if self._opaque or self.extractor_fn is not None:
+            return []
+        breaks = [cause for _, cause in capture.refusals if cause is not None]
+        forward = self.fn_ref.original_forward
+        with torch.no_grad():
+            self._opaque = make_opaque(breaking_modules(module, breaks), lambda: forward(*args, **kwargs))
+        if self._opaque:
+            self._compiled = None
+        return self._opaque
 
     def _compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        forward = _with_own_code(self.fn_ref.original_forward)
+        forward = with_own_code(self.fn_ref.original_forward)
         with torch.no_grad():
             # Some models build tables at their first call, which dynamo could not capture.
             output = forward(*args, **kwargs)
@@ -133,37 +154,9 @@ class TeaCacheHook(ListeningHook):
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:  # the method's name in diffusers
         """Called by the registry on removal: forgets the states of the module."""
         self.backend.reset_state(module)
+        for opaque in self._opaque:
+            opaque.remove()
         return module
-
-
-def _named(
-    module: nn.Module, extractor: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional arguments by the names that the model and the extractor share, by which inputs are recognised."""
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"][: len(args)]
-    if not set(names) <= set(inspect.signature(extractor).parameters):
-        return args, kwargs
-    return args[len(names) :], {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a method with a code object of its own.
-
-    Dynamo keeps what it has compiled with the code object, which all models of a class share, and gives up silently
-    after eight variants: that many hooks in one process, and the ninth model would run uncached.
-    """
-    if not inspect.ismethod(forward):
-        return forward
-    function = forward.__func__
-    copy = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return types.MethodType(functools.update_wrapper(copy, function), forward.__self__)
 
 
 def apply_teacache_hook(module: nn.Module, config: TeaCacheConfig | GraphBackend | None = None) -> None:

@@ -12,13 +12,15 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teacache_fx.argument_names import LATENT_NAMES, says_time
+from teacache_fx.capture import GraphBreak
+from teacache_fx.errors import Declined
 from teacache_fx.trajectory import content_hash
 
 
@@ -101,19 +103,50 @@ def _likeness(name: str, tensors: list[Tensor], results: list[Tensor]) -> tuple[
     return int(same), rank, int(any(tensor.ndim == result.ndim for tensor, result in pairs))
 
 
-_current: ContextVar[WholeCall | None] = ContextVar("teacache_fx_whole_call", default=None)
+@dataclass
+class Capture:
+    """What a call through the hook has led to so far.
+
+    Attributes:
+        model: the one called.
+        call: what it was called with, `None` if no argument is a timestep.
+        is_rewritten: a graph captured in this call was rewritten.
+        refusals: of graphs that hold only a part of the forward, each with the graph break that ended it.
+    """
+
+    model: nn.Module
+    call: WholeCall | None
+    is_rewritten: bool = False
+    refusals: list[tuple[Declined, GraphBreak | None]] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Declined | None:
+        """Why nothing was rewritten, as far as graphs were captured in this call: the first graph break, if any."""
+        if self.is_rewritten or not self.refusals:
+            return None
+        return next((refusal for refusal, cause in self.refusals if cause is not None), self.refusals[0][0])
 
 
-def current_call() -> WholeCall | None:
-    """The call that is being made, or `None` if nobody sees it whole."""
+_current: ContextVar[Capture | None] = ContextVar("teacache_fx_capture", default=None)
+
+
+def current_capture() -> Capture | None:
+    """The call that is being made through a hook, if any."""
     return _current.get()
 
 
+def current_call() -> WholeCall | None:
+    """What that call is made with, or `None` if nobody sees it whole."""
+    capture = _current.get()
+    return None if capture is None else capture.call
+
+
 @contextlib.contextmanager
-def seen_whole(call: WholeCall | None) -> Iterator[None]:
-    """Makes the call known to the graphs that it runs."""
-    token = _current.set(call)
+def seen_whole(model: nn.Module, call: WholeCall | None) -> Iterator[Capture]:
+    """Makes the call known to the graphs that it runs and to the backend that compiles them."""
+    capture = Capture(model, call)
+    token = _current.set(capture)
     try:
-        yield
+        yield capture
     finally:
         _current.reset(token)
