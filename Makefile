@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test goldens types lint fault-table soak bench train clean
+.PHONY: help venv demo test goldens types lint fault-table coverage-table soak bench train clean
 
 help: ## Show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 venv: $(READY) ## Set up the virtual environment
 
@@ -37,6 +37,9 @@ lint: venv ## Check style and format
 
 fault-table: venv ## Write docs/faults.md anew from the tests behind it
 	$(BIN)/python -m tests.faults.table > docs/faults.md
+
+coverage-table: venv ## Write docs/coverage.md anew from what becomes of each model of the zoo (about ten minutes)
+	$(BIN)/python -m tests.zoo.table > docs/coverage.md
 
 soak: venv ## Interleave many requests for a while, each compared with the eager reference run alone
 	$(BIN)/python -m tests.soak --steps 20000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,11 @@ from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import is_matmul
 from teacache_fx.fragments import CALL_INPUTS
 from teacache_fx.graph import fake_tensors, fake_value, is_join, same_shape, tensor_of
-from teacache_fx.module_paths import block_of, module_path
+from teacache_fx.module_paths import module_path
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.input_roles import embedded_times, find_timestep
 from teacache_fx.passes.modulation_patterns import name_pattern
-from teacache_fx.plan import Modulation
+from teacache_fx.plan import BlockList, Modulation
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,21 @@ class MatchModulation:
         timestep = by_name[CALL_INPUTS[0]] if ctx.is_fragment else find_timestep(flow, ctx.stack.latents)
         bases = [by_name[live.base] for live in ctx.stack.live_outputs]
         matmul, indicator = _find_indicator([by_name[name] for name in ctx.stack.region], dependent, bases)
-        owner = block_of(matmul)
-        block = f"{owner.path}.{owner.index}" if owner else module_path(matmul).rpartition(".")[0]
+        block = _block_path(matmul, ctx.stack.lists)
         timed = flow.forward(embedded_times(flow, ctx.stack.latents) if ctx.is_fragment else [timestep])
         pattern = name_pattern(indicator, timed, dependent, block)
         ctx.modulation = Modulation(indicator.name, pattern, timestep.name, block)
         return False
+
+
+def _block_path(node: fx.Node, lists: tuple[BlockList, ...]) -> str:
+    """Module path of the block that the node belongs to; empty where no module tells."""
+    path = module_path(node)
+    for part in lists:
+        found = re.match(rf"{re.escape(part.path)}[._]?\d*(?=\.|$)", path) if part.path else None
+        if found:
+            return found.group(0)
+    return ""
 
 
 def _find_indicator(region: list[fx.Node], dependent: set[fx.Node], bases: list[fx.Node]) -> tuple[fx.Node, fx.Node]:

@@ -13,6 +13,7 @@ from teacache_fx.graph import fake_tensors, fake_value, op_name, same_shape, ten
 from teacache_fx.plan import LiveOutput
 
 _SPINE = {"add", "__add__", "__radd__", "iadd", "add_", "sub", "cat", "concat", "dropout", "clone", "contiguous", "to"}
+_ADDITIONS = {"add", "__add__", "__radd__", "iadd", "add_"}
 _LAYOUT = {"getitem", "reshape", "flatten", "contiguous", "clone"}  # these may copy, and so be no views
 _SPINE |= {"clip", "clamp", "where", "nan_to_num"}
 
@@ -40,6 +41,9 @@ def pair_live_outputs(
     inputs = _region_inputs(flow, region)
     while True:
         live = _live_outputs(flow, region)
+        while len(live) > 1 and (sums := _sums(flow, region, live)):
+            region.update(sums)
+            live = _live_outputs(flow, region)
         if not live:
             writers = [node for node in flow.sort(region) if written_arguments(node)]
             detail = "the stack gives nothing back but what it writes in place"
@@ -57,6 +61,12 @@ def pair_live_outputs(
 
 def _live_outputs(flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
     return [node for node in flow.sort(region) if _users_behind(node, flow, region)]
+
+
+def _sums(flow: Dataflow, region: set[fx.Node], live: list[fx.Node]) -> list[fx.Node]:
+    """Additions of nothing but live outputs, such as a residual that is added outside the last block."""
+    users = {user for value in live for user in _users_behind(value, flow, region)}
+    return [user for user in users if op_name(user) in _ADDITIONS and region.issuperset(user.all_input_nodes)]
 
 
 def _users_behind(node: fx.Node, flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:

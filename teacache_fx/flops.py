@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from teacache_fx.graph import fake_tensors, op_name
+from teacache_fx.opaque import opaque_flops
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm"}
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution", "_conv_forward"}
@@ -29,9 +30,11 @@ def is_matmul(node: fx.Node) -> bool:
 
 def flops(node: fx.Node) -> Any:
     """Floating-point operations of one node: an int, or symbolic; 0 for what is not a matrix product."""
+    name = op_name(node)
+    if name == "call_module":
+        return opaque_flops(int(node.args[1]))  # type: ignore[arg-type]  # a handle
     if not is_matmul(node):
         return 0
-    name = op_name(node)
     shapes = [argument.shape for source in node.all_input_nodes for argument in fake_tensors(source)[:1]]
     outputs = fake_tensors(node)
     if not outputs or len(shapes) < 2:

@@ -11,13 +11,14 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from teacache_fx.capture import GraphBreak
+if TYPE_CHECKING:
+    from teacache_fx.capture import GraphBreak
 
 
 class OpaqueModule:

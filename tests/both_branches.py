@@ -65,4 +65,5 @@ def tensors(output: Any) -> list[Tensor]:
 
 def _distance(left: list[Tensor], right: list[Tensor]) -> float:
     assert [tensor.shape for tensor in left] == [tensor.shape for tensor in right]
+    assert all(bool(tensor.isfinite().all()) for tensor in (*left, *right)), "a comparison with NaN says nothing"
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in zip(left, right, strict=True))

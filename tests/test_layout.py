@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 import teacache_fx
+from tests.zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 
 # Each module may import from the levels before its own. What a pass is made of lies below the passes.
 LEVELS = (
-    {"checks", "errors", "coefficients", "policy"},
+    {"argument_names", "checks", "errors", "coefficients", "forwards", "module_paths", "opaque", "policy"},
     {"advice", "contexts", "graph", "signature", "trajectory"},
-    {"config", "dataflow", "flops", "listener", "identity", "marks", "modes", "module_paths", "pin_operands", "plot"},
-    {"plan", "compilers", "extractors", "render", "state"},
+    {
+        "capture", "config", "dataflow", "exported", "flops", "fragments", "identity", "listener", "marks", "modes",
+        "pin_operands", "plot",
+    },
+    {"plan", "compilers", "extractors", "render", "state", "whole_call"},
     {"stats", "store"},
     {"report", "passes.base"},
     {
@@ -79,9 +83,36 @@ def test_policy_imports_torch_alone() -> None:
     assert third_party - {"__future__", "enum", "collections", "dataclasses", "typing"} == {"torch"}
 
 
+def _model_names() -> re.Pattern[str]:
+    """Any name in the zoo, be it of an entry, a module or a class; ordinary words excepted."""
+    ordinary = {"", "2d", "prior", "temporal", "dit", "transformer_2d", "Prior", "DiT"}
+    snakes, prefixes = set(), set()
+    for entry, description in ZOO.items():
+        module, class_name = description["class"].split(".")[-2:]
+        snakes |= {entry.split("+")[0], re.sub("^transformer_|_transformer(_[23]d)?$", "", module)}
+        prefixes.add(re.sub("(Transformer|DiTModel|DiT2DModel|Decoder).*", "", class_name))
+    snake, prefix = ("|".join(sorted(names - ordinary)) for names in (snakes, prefixes))
+    of_any_model = r"\w+(?:Transformer[23]DModel|Transformer3D|DiTModel|TransformerBlock)"
+    return re.compile(rf"(?<![A-Za-z0-9])(?:(?i:{snake})(?![A-Za-z0-9])|(?:{prefix})(?![a-z])|{of_any_model}\b)")
+
+
+@pytest.mark.parametrize(
+    "text", ["FLUX", "flux", "Wan", "hunyuan_video", "HunyuanDiT2DModel", "SanaBlock", "_z_image_"]
+)
+def test_names_of_models_are_recognised(text: str) -> None:
+    assert _model_names().search(f"for {text}, say")
+
+
+@pytest.mark.parametrize(
+    "text", ["want", "DiT", "prior", "influx", "temporal", "sanatorium", "Transformer2DModelOutput"]
+)
+def test_other_words_are_not_taken_for_models(text: str) -> None:
+    assert not _model_names().search(f"for {text}, say")
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_module)
 def test_no_model_is_named(path: Path) -> None:
-    name = re.search(r"\b\w+(Transformer[23]DModel|Transformer3D|DiTModel|TransformerBlock)\b", path.read_text("utf-8"))
+    name = _model_names().search(path.read_text("utf-8"))
     assert name is None, f"the matcher knows structure, not {name.group(0) if name else ''}"
 
 

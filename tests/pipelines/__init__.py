@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.pipelines import images, videos
 from tests.pipelines.spec import Spec
-from tests.zoo import _draw_parameters
+from tests.zoo import draw_parameters
 
 __all__ = ["PIPELINES", "Spec", "build"]
 
@@ -28,7 +28,7 @@ def build(name: str, seed: int = 0) -> tuple[Any, dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
-            _draw_parameters(component, generator)
+            draw_parameters(component, generator)
             component.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"num_inference_steps": 4, "output_type": "pt", **spec.settings, **spec.prompt(seed)}

@@ -1,0 +1,99 @@
+"""What TeaCache makes of one entry of the zoo: found, measured, or declined and why."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from teacache_fx import Declined, DeclineReason, TeaCacheBackend, apply_teacache_hook
+from teacache_fx.plan import CachePlan
+from teacache_fx.report import RewriteReport
+from tests.both_branches import ALWAYS_SKIP, BothBranches, measure
+from tests.zoo import ZOO, Entry, assemble, move_latents
+
+WAYS = ("compile", "enable")
+"""`torch.compile` with our backend, and the hook that `backend.enable` applies, which captures more."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry.
+
+    Attributes:
+        name: of the entry.
+        model: class name.
+        way: the first of `WAYS` in which it is rewritten, or else the last.
+        plan: what was found, or `None` if declined.
+        declined: why it was declined, or `None`.
+        branches: three steps with the cache, a declined model's included: it must run as if there were none.
+        export: "yes", or why `torch.export` does not take the model.
+    """
+
+    name: str
+    model: str
+    way: str
+    plan: CachePlan | None
+    declined: Declined | None
+    branches: BothBranches
+    export: str
+
+
+def examine(name: str) -> Row:
+    """Tries the ways in turn, each on a new model, and exports another one."""
+    entry = ZOO[name]
+    for way in WAYS:
+        reports, branches = _try(entry, way)
+        plan = next((report.plan for report in reports if report.plan is not None), None)
+        if plan is not None:
+            break
+    declined = _reason(reports) if plan is None else None
+    return Row(name, entry["class"].rsplit(".", 1)[1], way, plan, declined, branches, export_of(entry))
+
+
+def export_of(entry: Entry) -> str:
+    """Whether `torch.export` takes the unmodified model: "yes", or the error that it raises."""
+    model, inputs = _fresh(entry)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot export
+            torch.export.export(model, (), inputs, strict=False)
+    except Exception as error:  # whatever torch.export raises is the result
+        cause = re.split(r"(?<=\w)\.\s|\n", str(error))[0].rstrip(".")
+        return f"no: {type(error).__name__}: {cause}"
+    return "yes"
+
+
+def _try(entry: Entry, way: str) -> tuple[list[RewriteReport], BothBranches]:
+    plain, inputs = _fresh(entry)
+    model, _ = assemble(entry)  # one of its own: the plain one builds tables that the compiled one must do without
+    backend = TeaCacheBackend(rel_l1_thresh=ALWAYS_SKIP, coefficients=[1.0, 0.0], inner="eager", on_decline="ignore")
+    cached: Any = model
+    if way == "compile":
+        cached = torch.compile(model, backend=backend)
+    else:
+        apply_teacache_hook(model, backend)
+        with torch.no_grad():
+            model(**inputs)  # finds out what breaks the graph; the next call captures what can be
+        backend.reset_state()
+        backend.reset_stats()
+    return backend.reports, measure(plain, cached, backend, inputs, move_latents(entry, inputs))
+
+
+def _reason(reports: list[RewriteReport]) -> Declined | None:
+    """What the largest graph was declined for; of several, the largest that a graph break explains."""
+
+    def weight(report: RewriteReport) -> tuple[bool, int]:
+        assert report.declined is not None
+        return report.declined.reason is DeclineReason.GRAPH_BREAK, report.num_nodes
+
+    return max(reports, key=weight).declined
+
+
+def _fresh(entry: Entry) -> tuple[nn.Module, dict[str, Any]]:
+    torch._dynamo.reset()  # models of a class share what dynamo knows of their code
+    return assemble(entry)
