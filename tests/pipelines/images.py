@@ -208,12 +208,12 @@ SPECS = {
         BATCHED,
     ),
     "chroma": Spec(_chroma, text_prompt, SIZE | {"max_sequence_length": 16}, UNNAMED),
-    "z_image": Spec(_z_image, _z_image_prompt, SIZE, BATCHED, declined=DeclineReason.NO_REPEATED_BLOCKS),
+    "z_image": Spec(_z_image, _z_image_prompt, SIZE, BATCHED, declined=DeclineReason.GRAPH_BREAK),
     "lumina2": Spec(
         _lumina2,
         lambda seed: embeddings(seed, 16, mask=torch.int64),
         {"height": 64, "width": 64},
         UNNAMED,
-        declined=DeclineReason.NO_LATENTS,
+        declined=DeclineReason.GRAPH_BREAK,
     ),
 }
