@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from teacache_fx.costs import Costs
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.plan import BlockStack, CachePlan, Costs, Modulation, Partition
+from teacache_fx.plan import BlockStack, CachePlan, Modulation, Partition
 from teacache_fx.policy import Policy
 from teacache_fx.signature import CacheSignature
 

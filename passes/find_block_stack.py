@@ -15,7 +15,7 @@ from teacache_fx.module_paths import block_of, numbered_block_of
 from teacache_fx.passes.base import PassContext
 from teacache_fx.passes.block_lists import Blocks, blocks_by_module, hands_over, is_chain, is_repeated, keeps_shapes
 from teacache_fx.passes.input_roles import embedded_latents, find_latents
-from teacache_fx.passes.pair_live_outputs import LivePair, describe_pair, pair_live_outputs
+from teacache_fx.passes.pair_live_outputs import LivePair, describe_pairs, pair_live_outputs
 from teacache_fx.passes.repetition import blocks_by_repetition
 from teacache_fx.plan import BlockStack
 
@@ -72,7 +72,7 @@ class FindBlockStack:
             lists=tuple(blocks.describe() for blocks in lists),
             latents=latents.name,
             region=tuple(node.name for node in flow.sort(region)),
-            live_outputs=tuple(map(describe_pair, pairs)),
+            live_outputs=describe_pairs(pairs, flow, latents),
         )
 
     def _paired(self, flow: Dataflow, lists: list[Blocks], dependent: set[fx.Node]) -> _Paired:

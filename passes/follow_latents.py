@@ -7,12 +7,14 @@ the same whatever the latents are.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.graph import fake_value, is_join, op_name, same_shape, tensor_of
 from teacache_fx.passes.pair_live_outputs import LivePair
+from teacache_fx.sizes import Size, proven_less
 
 
 def check_follows_latents(flow: Dataflow, pairs: list[LivePair], dependent: set[fx.Node]) -> None:
@@ -35,7 +37,8 @@ def _readings(flow: Dataflow, pair: LivePair, dependent: set[fx.Node]) -> list[t
         node = todo.pop()
         taken = _taken(node, dimension, tensor_of(pair.value).shape[dimension])
         if taken is not None:
-            readings.append((node, any(start <= token < stop for token in taken)))
+            begin, end = taken
+            readings.append((node, proven_less(start, end) and proven_less(begin, stop)))
         elif _keeps_tokens(node, pair.value):
             todo += [user for user in node.users if user in flow.live]
         else:
@@ -43,7 +46,7 @@ def _readings(flow: Dataflow, pair: LivePair, dependent: set[fx.Node]) -> list[t
     return readings
 
 
-def _latent_span(base: fx.Node, dependent: set[fx.Node]) -> tuple[int, int, int] | None:
+def _latent_span(base: fx.Node, dependent: set[fx.Node]) -> tuple[int, Size, Size] | None:
     """Dimension and range of the joined tokens that start from the latents; `None` if nothing is joined."""
     node = base
     while not is_join(node):
@@ -57,8 +60,6 @@ def _latent_span(base: fx.Node, dependent: set[fx.Node]) -> tuple[int, int, int]
         return None
     dimension %= tensor_of(node).ndim
     sizes = [tensor_of(part).shape[dimension] for part in parts if isinstance(part, fx.Node)]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
     latent = [i for i, part in enumerate(parts) if part in dependent]
     return dimension, sum(sizes[: latent[0]]), sum(sizes[: latent[-1] + 1])
 
@@ -68,8 +69,11 @@ def _keeps_tokens(node: fx.Node, like: fx.Node) -> bool:
     return hasattr(value, "shape") and same_shape(value, tensor_of(like))
 
 
-def _taken(node: fx.Node, dimension: int, size: int) -> range | None:
-    """The positions that an indexing node takes along a dimension; `None` if it is no plain indexing."""
+def _taken(node: fx.Node, dimension: int, size: Size) -> tuple[Size, Size] | None:
+    """The first position that an indexing node takes along a dimension, and the end; `None` if it is no plain indexing.
+
+    What a slice leaves out between them counts as taken.
+    """
     if view_source(node) is None:
         return None
     if op_name(node) in ("slice", "select") and len(node.args) > 2:
@@ -80,18 +84,34 @@ def _taken(node: fx.Node, dimension: int, size: int) -> range | None:
     if any(item is None or item is Ellipsis for item in index) or len(index) <= dimension:
         return None
     item = index[dimension]
-    if isinstance(item, int):
-        return range(size)[item : item + 1 or None]
-    if isinstance(item, slice) and all(bound is None or isinstance(bound, int) for bound in (item.start, item.stop)):
-        return range(size)[item]
-    return None
+    if isinstance(item, slice):
+        return _between(_position(item.start, size, 0), _position(item.stop, size, size))
+    first = _position(item, size, None)
+    return None if first is None else (first, first + 1)
 
 
-def _taken_by_aten(node: fx.Node, dimension: int, size: int) -> range | None:
+def _taken_by_aten(node: fx.Node, dimension: int, size: Size) -> tuple[Size, Size] | None:
     """The same for what export makes of an index: `slice(x, dim, start, stop, step)` and `select(x, dim, index)`."""
-    numbers = [argument for argument in node.args[1:] if isinstance(argument, int)]
-    if len(numbers) < len(node.args) - 1 or numbers[0] % tensor_of(node.args[0]).ndim != dimension:  # type: ignore[arg-type]
+    source, along, *places = node.args
+    if not isinstance(along, int) or along % tensor_of(source).ndim != dimension:  # type: ignore[arg-type]
         return None
+    first = _position(places[0], size, 0)
     if op_name(node) == "select":
-        return range(size)[numbers[1] : numbers[1] + 1 or None]
-    return range(size)[slice(*numbers[1:])]
+        return None if first is None else (first, first + 1)
+    return _between(first, _position(places[1] if len(places) > 1 else None, size, size))
+
+
+def _between(first: Size | None, end: Size | None) -> tuple[Size, Size] | None:
+    return None if first is None or end is None else (first, end)
+
+
+def _position(item: object, size: Size, otherwise: Size | None) -> Size | None:
+    """An index counted from the front; `None` if it is no number, or one that may be of either sign."""
+    if item is None:
+        return otherwise
+    value = fake_value(item) if isinstance(item, fx.Node) else item
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        return None
+    if proven_less(value, 0):
+        return size + value
+    return value if proven_less(-1, value) else None

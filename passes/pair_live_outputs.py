@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.graph import fake_tensors, fake_value, op_name, same_shape, tensor_of, written_arguments
 from teacache_fx.plan import LiveOutput
+from teacache_fx.size_names import SizeNames
 
 _SPINE = {"add", "__add__", "__radd__", "iadd", "add_", "sub", "cat", "concat", "dropout", "clone", "contiguous", "to"}
 _ADDITIONS = {"add", "__add__", "__radd__", "iadd", "add_"}
@@ -115,10 +117,17 @@ def _spine_inputs(value: fx.Node, region: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def describe_pair(pair: LivePair) -> LiveOutput:
-    """The pair as a fact for the plan."""
-    value = tensor_of(pair.value)
-    return LiveOutput(pair.value.name, pair.base.name, tuple(map(str, value.shape)), str(value.dtype).split(".")[-1])
+def describe_pairs(pairs: Iterable[LivePair], flow: Dataflow, latents: fx.Node) -> tuple[LiveOutput, ...]:
+    """The pairs as facts for the plan."""
+    names = SizeNames((node for node in flow.nodes if node.op == "placeholder"), latents)
+    described = []
+    for pair in pairs:
+        value, base = tensor_of(pair.value), tensor_of(pair.base)
+        shape, dtype = tuple(str(names.write(size)) for size in value.shape), str(value.dtype).split(".")[-1]
+        sizes = [pair for pair in zip(value.shape, base.shape, strict=True) if isinstance(pair[0], torch.SymInt)]
+        proven = (" = ".join(dict.fromkeys(map(names.recorded, size))) for size in sizes)
+        described.append(LiveOutput(pair.value.name, pair.base.name, shape, dtype, tuple(proven)))
+    return tuple(described)
 
 
 def _no_base(value: fx.Node, inputs: list[fx.Node]) -> Declined:

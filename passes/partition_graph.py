@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from teacache_fx.costs import measure
 from teacache_fx.dataflow import Dataflow, is_assertion, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.flops import total_flops
 from teacache_fx.fragments import CALL_INPUTS
 from teacache_fx.graph import fake_tensors, fake_value, is_unbacked, op_name, storages
 from teacache_fx.passes.base import PassContext, nodes_by_name
@@ -18,7 +18,7 @@ from teacache_fx.passes.follow_latents import check_follows_latents
 from teacache_fx.passes.input_roles import conditioning_inputs, steady_inputs
 from teacache_fx.passes.memory_order import Parts, check_memory_order
 from teacache_fx.passes.pair_live_outputs import LivePair
-from teacache_fx.plan import Costs, Partition
+from teacache_fx.plan import Partition
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class PartitionGraph:
             conditioning=() if ctx.is_fragment else _names(conditioning_inputs(steady)),
             steady=_names(steady),
         )
-        ctx.costs = Costs(total_flops(parts.prologue), total_flops(parts.blocks), total_flops(parts.epilogue))
+        state = [indicator, *(pair.value for pair in pairs), latents]
+        inputs = [node for node in flow.nodes if node.op == "placeholder"]
+        ctx.costs = measure((parts.prologue, parts.blocks, parts.epilogue), state, inputs, latents)
         if (share := ctx.costs.skipped_share) > self.largest_share:
             raise Declined(
                 DeclineReason.LITTLE_TO_SKIP, f"a skipped step would pay {share:.0%} of a computed one's FLOPs"

@@ -10,7 +10,7 @@ from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.graph import same_shape, tensor_of
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.input_roles import find_latents, find_timestep
-from teacache_fx.passes.pair_live_outputs import LivePair, describe_pair
+from teacache_fx.passes.pair_live_outputs import LivePair, describe_pairs
 from teacache_fx.plan import BlockStack, Modulation
 
 _PAIRS = (("hidden_states", "hidden_states_out"), ("encoder_hidden_states", "encoder_hidden_states_out"))
@@ -45,9 +45,8 @@ class ReadExtractor:
         latents = find_latents(gm)
         inside = flow.forward([pair.base for pair in pairs]) & flow.backward([pair.value for pair in pairs])
         region = inside - {pair.base for pair in pairs}
-        ctx.stack = BlockStack(
-            (), latents.name, tuple(node.name for node in flow.sort(region)), tuple(map(describe_pair, pairs))
-        )
+        live_outputs = describe_pairs(pairs, flow, latents)
+        ctx.stack = BlockStack((), latents.name, tuple(node.name for node in flow.sort(region)), live_outputs)
         timestep = find_timestep(flow, latents.name)
         ctx.modulation = Modulation(marked["modulated_input"].name, "extractor", timestep.name, "the extractor")
         return False

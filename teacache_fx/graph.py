@@ -1,4 +1,4 @@
-"""Reading and copying FX graphs as dynamo captures them. All use of private torch API stands in this file.
+"""Reading and copying FX graphs as dynamo captures them. All use of private torch API stands here and in `sizes`.
 
 Tried on torch 2.13.
 """
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from teacache_fx.sizes import proven_equal
 
 _FAKE_KEYS = ("example_value", "val")  # dynamo and export name them differently
 _WEIGHT_CONTAINERS = ("_parameters", "_buffers")
@@ -54,7 +55,7 @@ def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
 
 def same_size(left: Any, right: Any) -> bool:
     """Whether two sizes are equal for certain; unlike `==` it puts no guard on a symbolic size."""
-    return bool(statically_known_true(left == right))
+    return proven_equal(left, right)
 
 
 def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:

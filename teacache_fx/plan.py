@@ -6,9 +6,8 @@ Nodes are held by name: a working copy of a graph keeps the names of the origina
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from teacache_fx.flops import approximate
+from teacache_fx.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,17 @@ class LiveOutput:
     Attributes:
         value: node name of the stack's output.
         base: node name of the stack's input of the same shape.
-        shape: sizes as printed, symbols included.
+        shape: sizes as printed, those that vary between calls by their names in `Costs.sizes`.
         dtype: of the value and of its residual.
+        proven: for each size that varies, the recorded sizes of value and base, such as `((batch**2)//batch) = batch`;
+            sympy has proven them equal for all calls. Empty under static shapes.
     """
 
     value: str
     base: str
     shape: tuple[str, ...]
     dtype: str
+    proven: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,26 +114,6 @@ class Partition:
     operands: tuple[str, ...]
     conditioning: tuple[str, ...]
     steady: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Floating-point operations of each part in one step; ints, or symbolic where shapes are."""
-
-    prologue: Any
-    blocks: Any
-    epilogue: Any
-
-    @property
-    def total(self) -> Any:
-        """FLOPs of a computed step."""
-        return self.prologue + self.blocks + self.epilogue
-
-    @property
-    def skipped_share(self) -> float:
-        """Share of a computed step's FLOPs that a skipped step still pays, from 0 to 1; at the captured sizes."""
-        total = approximate(self.total)
-        return approximate(self.prologue + self.epilogue) / total if total else 1.0
 
 
 @dataclass(frozen=True)

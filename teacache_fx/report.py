@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from teacache_fx.config import ResolvedConfig
+from teacache_fx.costs import PARTS
 from teacache_fx.errors import Declined
 from teacache_fx.plan import CachePlan
 
@@ -53,10 +53,9 @@ class RewriteReport:
         ]
         for live in plan.stack.live_outputs:
             rows.append(("live output", f"{live.value} - {live.base}, {live.dtype}[{', '.join(live.shape)}]"))
-        for name in ("prologue", "blocks", "epilogue"):
-            nodes, work = len(getattr(plan.partition, name)), getattr(plan.costs, name)
-            rows.append((name, f"{nodes} nodes, {_flops(work)}"))
-        rows.append(("skipped step", f"pays {plan.costs.skipped_share:.1%} of a computed step's FLOPs"))
+            if live.proven:
+                rows.append(("", f"as large as `{live.base}` in every call: {', '.join(live.proven)}"))
+        rows += _costs(plan)
         if self.config is not None:
             rows.append(("threshold", f"{self.config.config.rel_l1_thresh:g} ({self.config.config.accumulation})"))
             rows.append(("coefficients", f"{list(self.config.coefficients)}, {self.config.origin}"))
@@ -66,10 +65,27 @@ class RewriteReport:
         return rows
 
 
-def _flops(work: Any) -> str:
-    if not isinstance(work, int):
-        return f"{work} FLOPs"
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if work >= scale:
-            return f"{work / scale:.2f} {unit}FLOPs"
-    return f"{work} FLOPs"
+def _costs(plan: CachePlan) -> list[tuple[str, str]]:
+    costs, now = plan.costs, plan.costs.at()
+    rows = []
+    for name in PARTS:
+        part, numbers = getattr(costs, name), getattr(now, name)
+        amount = f"{_amount(numbers.flops, 'FLOPs')}, {_amount(numbers.weight_bytes, 'B')} of weights"
+        rows.append((name, f"{len(getattr(plan.partition, name))} nodes, {amount}"))
+        if not isinstance(part.flops, int):
+            rows.append(("", f"FLOPs: {part.flops}"))
+    shares = (
+        f"{costs.skipped_share:.1%} of a computed step's FLOPs, reads {costs.skipped_weight_share:.1%} of its weights"
+    )
+    rows += [("skipped step", f"pays {shares}"), ("state", f"{_amount(now.state_bytes, 'B')} in each context")]
+    if not isinstance(costs.state_bytes, int):
+        rows.append(("", f"bytes: {costs.state_bytes}"))
+    rows += [("" if i else "sizes", str(size)) for i, size in enumerate(costs.sizes)]
+    return rows
+
+
+def _amount(count: int, unit: str) -> str:
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {prefix}{unit}"
+    return f"{count} {unit}"
