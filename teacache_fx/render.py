@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,18 @@ def _branch_lines(branch: fx.Graph, operands: Sequence[fx.Node], outside: dict[f
 def _name(node: fx.Node) -> str:
     """Parameters are called by their module path, all else by the node's name."""
     if node.op == "placeholder" and getattr(node, "_dynamo_source", None) is not None and not is_user_input(node):
-        steps = clean_path(source_name(node)).split(".")
-        return ".".join(step for step in steps if step not in ("_parameters", "_buffers"))
+        return weight_path(node)
     return node.name
 
 
+def weight_path(placeholder: fx.Node) -> str:
+    """Path of a parameter, buffer or other attribute of the model, such as `transformer_blocks.0.norm.weight`."""
+    steps = clean_path(source_name(placeholder)).split(".")
+    return ".".join(step for step in steps if step not in ("_parameters", "_buffers", "__dict__"))
+
+
 def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
-    kind = _describe(fake_value(node))
+    kind = describe(fake_value(node))
     if node.op == "placeholder":
         return f"input {names[node]}: {kind}"
     if node.op == "output":
@@ -55,13 +60,24 @@ def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
     return f"{names[node]}: {kind} = {call}({', '.join(arguments)})" + (f"  # {path}" if path else "")
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any, size: Callable[[Any], str] = str) -> str:
+    """Dtype and shape of a tensor, as `f32[2, 8, 32]`; other values as they print.
+
+    Args:
+        value: what a node yields.
+        size: writes one size, which may be symbolic.
+    """
     if isinstance(value, torch.Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return f"{_SHORT.get(dtype, dtype)}[{', '.join(map(str, value.shape))}]"
+        return f"{describe_dtype(value.dtype)}[{', '.join(map(size, value.shape))}]"
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_describe, value))})"
+        return f"({', '.join(describe(item, size) for item in value)})"
     return "-" if value is None else str(value)
+
+
+def describe_dtype(dtype: torch.dtype) -> str:
+    """Short name of a dtype: `f32`, `bf16`."""
+    name = str(dtype).removeprefix("torch.")
+    return _SHORT.get(name, name)
 
 
 def _argument(argument: Any, names: dict[fx.Node, str]) -> str:

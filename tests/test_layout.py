@@ -16,15 +16,18 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 
 # Each module may import from the levels before its own. What a pass is made of lies below the passes.
 LEVELS = (
-    {"argument_names", "checks", "errors", "coefficients", "forwards", "module_paths", "opaque", "policy"},
-    {"advice", "contexts", "graph", "signature", "trajectory"},
+    {
+        "argument_names", "checks", "errors", "coefficients", "einsum", "forwards", "module_paths", "opaque", "policy",
+        "sizes", "snapshot_text",
+    },
+    {"advice", "contexts", "graph", "graph_diff", "signature", "trajectory"},
     {
         "capture", "config", "dataflow", "exported", "flops", "fragments", "identity", "listener", "marks", "modes",
-        "pin_operands", "plot",
+        "pin_operands", "plot", "segments", "size_names",
     },
-    {"plan", "compilers", "extractors", "render", "state", "whole_call"},
-    {"stats", "store"},
-    {"report", "passes.base"},
+    {"costs", "compilers", "extractors", "render", "state", "whole_call"},
+    {"canonical", "plan", "stats", "store"},
+    {"folding", "report", "passes.base"},
     {
         "passes.block_lists", "passes.branches", "passes.input_roles", "passes.modulation_patterns",
         "passes.pair_live_outputs", "passes.verify",
@@ -36,10 +39,10 @@ LEVELS = (
     },
     {"passes"},
     {"rewrite"},
-    {"runtime", "explain"},
+    {"plan_text", "runtime", "explain"},
     {"graph_backend"},
     {"hook"},
-    {"backend"},
+    {"backend", "snapshot"},
     {"select"},
     {""},
 )  # fmt: skip
