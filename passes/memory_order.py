@@ -21,6 +21,7 @@ from teacache_fx.graph import op_name, storages, written_arguments
 from teacache_fx.passes.pair_live_outputs import LivePair
 
 _SIZES = {"size", "sym_size", "numel", "sym_numel", "stride", "sym_stride", "dim"}  # these look at no element
+_FILLS = {"setitem", "__setitem__", "copy_", "fill_", "zero_", "index_copy_", "index_put_", "masked_scatter_"}
 _PROLOGUE, _BLOCKS, _EPILOGUE = range(3)
 
 
@@ -53,7 +54,8 @@ def check_memory_order(flow: Dataflow, parts: Parts, pairs: list[LivePair], indi
             if storage in storages(indicator) and flow.order[writer] > flow.order[indicator]:
                 raise _declined(writer, "it overwrites the modulated input, which is kept until the next step")
             entered = [pair.base for pair in pairs if storage in storages(pair.base)]
-            if part_of[writer] == _PROLOGUE and entered and _is_read_before(flow, writer, storage, touching[storage]):
+            is_late = any(flow.order[writer] > flow.order[base] for base in entered)
+            if part_of[writer] == _PROLOGUE and is_late and not _fills(flow, writer, storage, touching[storage]):
                 raise _declined(writer, f"it overwrites `{entered[0].name}`, which enters the stack")
 
 
@@ -67,11 +69,13 @@ def _touching(flow: Dataflow, part_of: dict[fx.Node, int]) -> dict[int, list[fx.
     return touching
 
 
-def _is_read_before(flow: Dataflow, writer: fx.Node, storage: int, touching: list[fx.Node]) -> bool:
-    """Whether the memory is read before the write; making it, filling it, and taking views of it reads nothing."""
+def _fills(flow: Dataflow, writer: fx.Node, storage: int, touching: list[fx.Node]) -> bool:
+    """Whether the write is part of making the value: it reads nothing of the memory, and nothing has read it before."""
+    if op_name(writer) not in _FILLS:
+        return False
     earlier = (node for node in touching if flow.order[node] < flow.order[writer])
     reading = (node for node in earlier if view_source(node) is None and not written_arguments(node))
-    return any(storage in storages(argument) for node in reading for argument in node.all_input_nodes)
+    return not any(storage in storages(argument) for node in reading for argument in node.all_input_nodes)
 
 
 def _check_writer(

@@ -75,6 +75,11 @@ class SizeNames:
                 self._add(symbol, str(symbol), (), value)
         return arranged(expression(size).xreplace(self._symbols))
 
+    def recorded(self, size: Size) -> str:
+        """The size over named symbols as torch has recorded it, not simplified: `((batch**2)//batch)`."""
+        self.write(size)  # names its symbols
+        return str(size.node.expr.xreplace(self._symbols) if isinstance(size, torch.SymInt) else size)
+
     def meanings(self, counts: Iterable[Count]) -> tuple[SizeName, ...]:
         """What the names in these expressions mean, those of the latents first."""
         used = {symbol for count in counts if not isinstance(count, int) for symbol in count.free_symbols}

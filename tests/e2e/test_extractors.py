@@ -15,12 +15,20 @@ from teacache_fx import register_extractor as register
 from tests import toys
 
 
+class MlpFirstBlock(toys.Block):
+    """Does in another order what a block does."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+        result: Tensor = super().forward(hidden_states + self.mlp(self.norm2(hidden_states)), text, temb)
+        return result
+
+
 class TwoAttributesDiT(toys.ToyDiT):
-    """Its two blocks are attributes of their own: no list tells that they repeat."""
+    """Its two blocks are attributes of their own and unlike: neither a list nor a repetition tells that they belong."""
 
     def __init__(self) -> None:
         super().__init__(num_blocks=0)
-        self.first, self.second = toys.Block(), toys.Block()
+        self.first, self.second = toys.Block(), MlpFirstBlock()
 
     def run_blocks(self, hidden_states: Tensor, text: Tensor, temb: Tensor) -> Tensor:
         result: Tensor = self.second(self.first(hidden_states, text, temb), text, temb)
