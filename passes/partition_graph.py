@@ -99,7 +99,9 @@ def _split(
     starts = [*gm.graph.output_node().all_input_nodes, *needed, *(pair.base for pair in pairs)]
     starts += [writer for node in flow.nodes if node.op == "placeholder" for writer in _writers(flow, node)]
     behind_cut = flow.forward(cut)
-    starts += [node for node in behind_cut if is_assertion(node)]  # nobody takes its result
+    # Nobody takes an assertion's result. One that compares with what is inside the stack can only be made there.
+    inside = flow.forward(region - cut, stop=cut)
+    starts += [node for node in behind_cut if is_assertion(node) and node not in inside]
     keep = flow.backward(starts, stop=cut | written) & live
     keep |= {node for node in live if op_name(node) == "getitem" and keep & set(_tuple_source(node))}
     behind = behind_cut & keep

@@ -73,9 +73,9 @@ class Dataflow:
         """All that the starts need, themselves included; what lies only behind a node of `stop` is left out."""
         return _reach(starts, self.predecessors, stop)
 
-    def forward(self, starts: Iterable[fx.Node]) -> set[fx.Node]:
-        """All that depends on the starts, themselves included."""
-        return _reach(starts, self.successors, ())
+    def forward(self, starts: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+        """All that depends on the starts, themselves included, other than through a node of `stop` alone."""
+        return _reach(starts, self.successors, stop)
 
     def sort(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """The nodes in graph order."""

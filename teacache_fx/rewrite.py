@@ -14,6 +14,7 @@ from teacache_fx.coefficients import evaluate, horner
 from teacache_fx.config import ResolvedConfig
 from teacache_fx.dataflow import transforms
 from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.fixed_numbers import with_fixed_numbers
 from teacache_fx.flops import is_matmul
 from teacache_fx.fragments import with_call_inputs
 from teacache_fx.graph import copy_graph_module, fake_value, inside_functorch
@@ -25,6 +26,7 @@ from teacache_fx.plan import CachePlan
 from teacache_fx.policy import Policy
 from teacache_fx.render import render
 from teacache_fx.signature import CacheSignature
+from teacache_fx.slices import with_known_slices
 
 log = logging.getLogger(__name__)
 Observer = Callable[[str, fx.GraphModule], None]
@@ -64,7 +66,7 @@ class Pipeline:
         self._observer = observer
         self.timings: dict[str, float] = {}
         gm = with_call_inputs(gm) if is_fragment else gm
-        self.original, marked = take_marks(without_idle_modes(gm))
+        self.original, marked = take_marks(_prepared(gm))
         self.gm = self.original
         self.context = PassContext(marked=marked, is_fragment=is_fragment)
         self._known = {node.name for node in self.gm.graph.nodes}
@@ -112,6 +114,11 @@ class Pipeline:
             self._observer(step.name, self.gm)
         if changed and log.isEnabledFor(logging.DEBUG):
             log.debug("graph after %s:\n%s", step.name, render(self.gm))
+
+
+def _prepared(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph without what is in the way of moving nodes into a branch."""
+    return with_known_slices(with_fixed_numbers(without_idle_modes(gm)))
 
 
 def policy_of(config: ResolvedConfig) -> Policy:

@@ -22,8 +22,8 @@ LEVELS = (
     },
     {"advice", "contexts", "graph", "graph_diff", "signature", "trajectory"},
     {
-        "capture", "config", "dataflow", "exported", "flops", "fragments", "identity", "listener", "marks", "modes",
-        "pin_operands", "plot", "segments", "size_names",
+        "capture", "config", "dataflow", "exported", "fixed_numbers", "flops", "fragments", "identity", "listener", "marks", "modes",
+        "pin_operands", "plot", "segments", "size_names", "slices",
     },
     {"costs", "compilers", "extractors", "render", "state", "whole_call"},
     {"canonical", "plan", "stats", "store"},

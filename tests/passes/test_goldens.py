@@ -94,8 +94,12 @@ def test_plan_grows_with_the_blocks_alone(num_blocks: int) -> None:
     assert large.plan.partition.prologue == small.plan.partition.prologue
     assert len(large.plan.partition.epilogue) == len(small.plan.partition.epilogue)
     assert large.sizes["cleanup"] == small.sizes["cleanup"] + (num_blocks - 2) * 12  # parameters of a block
-    per_block = (large.plan.costs.blocks - small.plan.costs.blocks) / max(num_blocks - 2, 1)
-    assert large.plan.costs.blocks - num_blocks * per_block == small.plan.costs.blocks - 2 * per_block
+    batch, tokens, words, width = 2, 8, 3, toys.WIDTH  # of `toys.inputs()`
+    projections = 6 * width + tokens * (3 + 1 + 2 + 2) * width + words * width
+    of_block = 2 * batch * projections * width + 4 * batch * tokens * (tokens + words) * width
+    assert large.plan.costs.blocks.flops == small.plan.costs.blocks.flops + (num_blocks - 2) * of_block
+    assert large.plan.costs.prologue == small.plan.costs.prologue
+    assert large.plan.costs.epilogue == small.plan.costs.epilogue
 
 
 def test_no_golden_is_unused() -> None:
