@@ -23,9 +23,9 @@ LEVELS = (
     {"advice", "contexts", "graph", "graph_diff", "signature", "trajectory"},
     {
         "capture", "config", "dataflow", "exported", "fixed_numbers", "flops", "fragments", "identity", "listener", "marks", "modes",
-        "pin_operands", "plot", "segments", "size_names", "slices",
+        "pin_operands", "plot", "segments", "size_names",
     },
-    {"costs", "compilers", "extractors", "render", "state", "whole_call"},
+    {"costs", "compilers", "extractors", "render", "slices", "state", "whole_call"},
     {"canonical", "plan", "stats", "store"},
     {"folding", "report", "passes.base"},
     {
