@@ -38,6 +38,7 @@ class PassContext:
         policy: the settings to trace into the graph, `None` while only analysing.
         marked: names of the nodes that an extractor has marked, by role; empty without an extractor.
         is_fragment: the graph begins behind a graph break, and has `CALL_INPUTS` for what it lacks.
+        is_portable: the rewriting adds only operations that ONNX has.
         stack, modulation, partition, costs: parts of the plan, `None` until found.
         signature: layout of the added inputs and outputs, `None` until the cond is inserted.
     """
@@ -45,6 +46,7 @@ class PassContext:
     policy: Policy | None = None
     marked: dict[str, str] = field(default_factory=dict)
     is_fragment: bool = False
+    is_portable: bool = False
     stack: BlockStack | None = None
     modulation: Modulation | None = None
     partition: Partition | None = None

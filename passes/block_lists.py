@@ -82,6 +82,17 @@ def _num_layers(nodes: Iterable[fx.Node]) -> int:
     return len({sources[min(1, len(sources) - 1)] for sources in inputs})
 
 
+def are_stages(blocks: Blocks) -> bool:
+    """No two elements do any matrix product on the same shapes, as the stages of a U-Net, of whatever classes."""
+    composite = [element for element in blocks.elements if _num_layers(element) >= 2]
+    return len(composite) >= 2 and not any(itertools.starmap(have_shapes_in_common, itertools.pairwise(composite)))
+
+
+def have_shapes_in_common(left: Iterable[fx.Node], right: Iterable[fx.Node]) -> bool:
+    """Whether they do a matrix product on the same shapes."""
+    return bool(_signatures(left).keys() & _signatures(right).keys())
+
+
 def is_chain(blocks: Blocks, flow: Dataflow) -> bool:
     """The last element depends on the first; parallel heads and experts do not."""
     behind_first = flow.forward(blocks.elements[0])
@@ -101,9 +112,9 @@ def keeps_shapes(blocks: Blocks) -> bool:
 
     The blocks of a transformer do; the stages of a U-Net or a ResNet change resolution and width.
     """
-    last_of_class: dict[str, Counter[object]] = {}
+    last_of_class: dict[str, Counter[tuple[object, ...]]] = {}
     for name, element in zip(blocks.classes, blocks.elements, strict=True):
-        shapes = Counter(_signature(node) for node in element if is_matmul(node))
+        shapes = _signatures(element)
         former = last_of_class.get(name)
         if former is not None and 2 * (shapes & former).total() >= min(shapes.total(), former.total()):
             return True
@@ -111,6 +122,11 @@ def keeps_shapes(blocks: Blocks) -> bool:
     return False
 
 
-def _signature(node: fx.Node) -> object:
+def _signatures(nodes: Iterable[fx.Node]) -> Counter[tuple[object, ...]]:
+    """The matrix products by op and shapes."""
+    return Counter(_signature(node) for node in nodes if is_matmul(node))
+
+
+def _signature(node: fx.Node) -> tuple[object, ...]:
     tensors = [tensor for source in (node, *node.all_input_nodes) for tensor in fake_tensors(source)[:1]]
-    return op_name(node), tuple(printed_shape(tensor) for tensor in tensors)
+    return op_name(node), *map(printed_shape, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,20 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.flops import is_matmul
+from teacache_fx.flops import approximate, is_matmul, total_flops
 from teacache_fx.graph import op_name
 from teacache_fx.module_paths import block_of, numbered_block_of
 from teacache_fx.passes.base import PassContext
-from teacache_fx.passes.block_lists import Blocks, blocks_by_module, hands_over, is_chain, is_repeated, keeps_shapes
+from teacache_fx.passes.block_lists import (
+    Blocks,
+    are_stages,
+    blocks_by_module,
+    hands_over,
+    have_shapes_in_common,
+    is_chain,
+    is_repeated,
+    keeps_shapes,
+)
 from teacache_fx.passes.input_roles import embedded_latents, find_latents
 from teacache_fx.passes.pair_live_outputs import LivePair, describe_pairs, pair_live_outputs
 from teacache_fx.passes.repetition import blocks_by_repetition
@@ -32,8 +42,9 @@ class FindBlockStack:
 
     A list belongs to the stack if at least two of its elements are of one class, hold matrix products that depend on
     the latents, and lie one behind the other on the way of the latents; text refiners do not depend on the latents,
-    parallel heads do not lie behind each other, and the layers of an MLP are no blocks of their own. Where no list of
-    modules qualifies, numbered attributes may; where these do not either, the repetition of the op sequence tells.
+    parallel heads do not lie behind each other, and the layers of an MLP are no blocks of their own. Where lists
+    of modules leave most of the work to others, numbered attributes may tell, and then the repetition of the matrix
+    products.
 
     Declines when: no input is like the output (NO_LATENTS), no such list exists (NO_REPEATED_BLOCKS), the graph is
     one block compiled by itself (SINGLE_BLOCK), the blocks are those of a U-Net (CHANGING_SHAPES), or a live output
@@ -95,7 +106,16 @@ class FindBlockStack:
                 if declined.reason is not DeclineReason.NO_MATCHING_INPUT:
                     break
         assert refusal is not None
+        if refusal.reason is DeclineReason.NO_MATCHING_INPUT and _are_apart(lists):
+            detail = f"each of the {len(lists)} lists of blocks works on shapes of its own; {refusal.detail}"
+            raise Declined(DeclineReason.CHANGING_SHAPES, detail, refusal.node)
         raise refusal
+
+
+def _are_apart(lists: Sequence[Blocks]) -> bool:
+    """There are several, as in a ResNet, and no two neighbours do any matrix product on the same shapes."""
+    pairs = list(itertools.pairwise(lists))
+    return bool(pairs) and not any(have_shapes_in_common(left.nodes, right.nodes) for left, right in pairs)
 
 
 def _latents(gm: fx.GraphModule, is_fragment: bool) -> list[fx.Node]:
@@ -108,18 +128,12 @@ def _latents(gm: fx.GraphModule, is_fragment: bool) -> list[fx.Node]:
 
 
 def _qualifying_lists(flow: Dataflow, dependent: set[fx.Node], smallest_share: float) -> list[Blocks]:
-    """Lists of modules, else numbered attributes, else what repeats itself without a module that tells.
+    """The lists of blocks that carry the latents, in order of execution.
 
     Raises:
         Declined: CHANGING_SHAPES, if most of the work is done in blocks that change the shape of what they carry.
     """
-    nodes = flow.sort(dependent)
-    chains = [blocks for blocks in blocks_by_module(nodes) if is_repeated(blocks) and is_chain(blocks, flow)]
-    if not chains:
-        numbered = blocks_by_module(nodes, numbered_block_of)
-        chains = [b for b in numbered if is_repeated(b) and is_chain(b, flow) and hands_over(b)]
-    if not chains:
-        chains = [blocks for blocks in blocks_by_repetition(flow, dependent) if is_chain(blocks, flow)]
+    chains = _chains(flow, dependent)
     even = [blocks for blocks in chains if keeps_shapes(blocks)]
     uneven = [blocks for blocks in chains if blocks not in even]
     if uneven and _work(uneven) > _work(even):
@@ -128,6 +142,29 @@ def _qualifying_lists(flow: Dataflow, dependent: set[fx.Node], smallest_share: f
         raise Declined(DeclineReason.CHANGING_SHAPES, detail, largest.elements[0][0].name)
     least = smallest_share * max((blocks.work for blocks in even), default=0.0)
     return [blocks for blocks in even if blocks.work >= least]
+
+
+def _chains(flow: Dataflow, dependent: set[fx.Node]) -> list[Blocks]:
+    """Lists of modules; where these leave most of the work to others, numbered attributes and what repeats itself too.
+
+    A list of refiners may stand before blocks that are no list.
+    """
+    total = approximate(total_flops(dependent))
+    chains: list[Blocks] = []
+    for find in (_listed, _numbered, blocks_by_repetition):
+        if 2 * _work(chains) < total or not chains:
+            rest = dependent.difference(*(blocks.nodes for blocks in chains))
+            chains += [blocks for blocks in find(flow, rest) if is_chain(blocks, flow)]
+    return sorted(chains, key=lambda blocks: flow.order[blocks.elements[0][0]])
+
+
+def _listed(flow: Dataflow, nodes: set[fx.Node]) -> list[Blocks]:
+    return [blocks for blocks in blocks_by_module(flow.sort(nodes)) if is_repeated(blocks) or are_stages(blocks)]
+
+
+def _numbered(flow: Dataflow, nodes: set[fx.Node]) -> list[Blocks]:
+    found = blocks_by_module(flow.sort(nodes), numbered_block_of)
+    return [blocks for blocks in found if is_repeated(blocks) and hands_over(blocks)]
 
 
 def _between(flow: Dataflow, nodes: set[fx.Node]) -> set[fx.Node]:
@@ -142,8 +179,11 @@ def _work(lists: Sequence[Blocks]) -> float:
 def _no_stack(flow: Dataflow, dependent: set[fx.Node]) -> Declined:
     heavy = [node for node in flow.sort(dependent) if is_matmul(node)]
     attention = [n for n in flow.sort(dependent) if op_name(n) in _ATTENTION and not block_of(n)]
-    if attention:
+    elsewhere = [blocks for blocks in _listed(flow, flow.live - dependent) if is_chain(blocks, flow)]
+    detail = f"{len(heavy)} matrix products depend on the latents, none in a list of repeated blocks"
+    if elsewhere:
+        detail += f"; the {len(elsewhere[0].elements)} blocks in `{elsewhere[0].path}` do not depend on them"
+    elif attention:
         detail = "the graph holds attention outside any list of blocks: one block, compiled by itself"
         return Declined(DeclineReason.SINGLE_BLOCK, detail, attention[0].name)
-    detail = f"{len(heavy)} matrix products depend on the latents, none in a list of repeated blocks"
     return Declined(DeclineReason.NO_REPEATED_BLOCKS, detail, heavy[0].name if heavy else None)

@@ -32,9 +32,12 @@ def _readings(flow: Dataflow, pair: LivePair, dependent: set[fx.Node]) -> list[t
     if span is None:
         return [(pair.value, pair.base in dependent)]
     dimension, start, stop = span
-    readings, todo = [], [user for user in pair.value.users if user in flow.live]
+    readings, seen, todo = [], set[fx.Node](), [user for user in pair.value.users if user in flow.live]
     while todo:
         node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         taken = _taken(node, dimension, tensor_of(pair.value).shape[dimension])
         if taken is not None:
             begin, end = taken

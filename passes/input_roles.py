@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import fx
 
@@ -15,6 +13,9 @@ from teacache_fx.graph import argument_name, fake_tensors, fake_value, is_user_i
 from teacache_fx.passes.base import output_arguments
 
 _SINUSOIDS = {"sin", "cos", "sin_", "cos_"}
+_FROM_NUMBERS = {"tensor", "scalar_tensor", "as_tensor", "full", "full_like", "new_full", "mul", "truediv", "add"}
+_MAKERS = ("empty_like", "full_like", "new_", "ones_like", "rand_like", "randn_like", "zeros_like")
+_LIKE_OTHERS = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 
 
 def find_latents(gm: fx.GraphModule) -> fx.Node:
@@ -66,13 +67,14 @@ def _name_rank(node: fx.Node) -> int:
 
 
 def find_timestep(flow: Dataflow, latents: str) -> fx.Node:
-    """The input that tells how far denoising has come.
+    """The tensor that tells how far denoising has come: an input, or the first that is made from a python number.
 
     Raises:
         Declined: NO_TIMESTEP.
     """
+    carried = _carried(flow, next(node for node in flow.nodes if node.name == latents))
     scores = {
-        node: _time_score(node, flow)
+        node: _time_score(node, flow, carried)
         for node in flow.nodes
         if node.name != latents and is_user_input(node) and node in flow.live and _is_small(node)
     }
@@ -80,7 +82,17 @@ def find_timestep(flow: Dataflow, latents: str) -> fx.Node:
         seen = ", ".join(argument_name(node) for node in flow.nodes if is_user_input(node))
         raise Declined(DeclineReason.NO_TIMESTEP, f"none of the inputs ({seen}) is embedded as a timestep or named one")
     best: fx.Node = max(scores, key=scores.__getitem__)
-    return best
+    return best if isinstance(fake_value(best), torch.Tensor) else _as_tensor(best, flow)
+
+
+def _as_tensor(number: fx.Node, flow: Dataflow) -> fx.Node:
+    """The first tensor made from a python number, if its mean rises and falls with the number, or its negative does."""
+    derived = (node for node in flow.sort(flow.forward([number])) if isinstance(fake_value(node), torch.Tensor))
+    first = next(derived, None)
+    if first is None or op_name(first) not in _FROM_NUMBERS:
+        detail = f"no tensor is made from the python number {argument_name(number)} that would tell steps apart"
+        raise Declined(DeclineReason.NO_TIMESTEP, detail, number.name)
+    return first
 
 
 def embedded_times(flow: Dataflow, latents: str) -> list[fx.Node]:
@@ -94,32 +106,66 @@ def embedded_times(flow: Dataflow, latents: str) -> list[fx.Node]:
 
 def _is_small(node: fx.Node) -> bool:
     value = fake_value(node)
+    if isinstance(value, torch.SymInt):
+        return _says_time(node) >= ENOUGH  # others are sizes
     if not isinstance(value, torch.Tensor) or value.is_complex() or value.dtype == torch.bool:
         return False
     return value.ndim <= 2 or _says_time(node) >= ENOUGH  # per frame or token
 
 
-def _time_score(node: fx.Node, flow: Dataflow) -> int:
+def _time_score(node: fx.Node, flow: Dataflow, carried: set[fx.Node]) -> int:
     if "guidance" in argument_name(node):
         return 0
-    embedded = 2 if any(op_name(user) in _SINUSOIDS for user in _until_matmul(node, flow)) else 0
-    return _says_time(node) + embedded + (fake_tensors(node)[0].ndim <= 1)
+    embedded = 2 if _is_embedded(node, flow, carried) else 0
+    return _says_time(node) + embedded + (_num_dimensions(node) <= 1)
 
 
 def _says_time(node: fx.Node) -> int:
-    return says_time(argument_name(node), fake_tensors(node)[0].ndim)
+    return says_time(argument_name(node), _num_dimensions(node))
 
 
-def _until_matmul(node: fx.Node, flow: Dataflow) -> Iterator[fx.Node]:
-    """What depends on the node, as far as the first matrix products."""
-    todo, seen = [node], set[fx.Node]()
+def _num_dimensions(node: fx.Node) -> int:
+    """Of the first tensor; a python number has none."""
+    return next((tensor.ndim for tensor in fake_tensors(node)), 0)
+
+
+def _carried(flow: Dataflow, latents: fx.Node) -> set[fx.Node]:
+    """What is computed from the values of the latents, not from their shape or type alone."""
+    todo, seen = [latents], set[fx.Node]()
     while todo:
-        current = todo.pop()
-        if current in seen or is_matmul(current):
-            continue
-        seen.add(current)
-        yield current
-        todo += flow.successors[current]
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += [user for user in flow.successors[node] if fake_tensors(user) and not _takes_only_form(user, node)]
+    return seen
+
+
+def _is_embedded(node: fx.Node, flow: Dataflow, carried: set[fx.Node]) -> bool:
+    """Whether its sines or cosines enter a matrix product by themselves.
+
+    Those of positions do not: they turn queries and keys, or are added to the tokens.
+    """
+    todo, seen = [(node, False)], set[tuple[fx.Node, bool]]()
+    while todo:
+        current, is_wave = todo.pop()
+        for user in flow.successors[current]:
+            if user in carried or _takes_only_form(user, current):
+                continue
+            if is_matmul(user):
+                if is_wave:
+                    return True
+                continue
+            step = user, is_wave or op_name(user) in _SINUSOIDS
+            if step not in seen:
+                seen.add(step)
+                todo.append(step)
+    return False
+
+
+def _takes_only_form(user: fx.Node, node: fx.Node) -> bool:
+    """Whether the user takes the shape or the type of the node, and none of its values."""
+    name, is_first = op_name(user), bool(user.args) and user.args[0] is node
+    return (is_first and name.startswith(_MAKERS)) or (not is_first and name in _LIKE_OTHERS)
 
 
 def steady_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[fx.Node]:

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from teacache_fx.dataflow import view_source
 from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.fragments import refuse_samples
 from teacache_fx.graph import emit, fake_mode_of, fake_value, mark_as_state, same_size, set_fake_value, tensor_of
 from teacache_fx.passes.base import PassContext, nodes_by_name, output_arguments
 from teacache_fx.passes.branches import Crossing, reuse_residual, run_blocks
@@ -36,14 +37,16 @@ class InsertCond:
     fresh contiguous tensors, so that none aliases an operand or another output.
 
     Requires: the whole plan.
-    Declines when: samples are to decide for themselves, and a tensor of the state does not begin with the batch
-    (NO_SAMPLE_DIMENSION).
+    Declines when: samples are to decide for themselves, and a tensor of the state does not begin with the batch, or
+    the graph begins behind a graph break (NO_SAMPLE_DIMENSION).
     """
 
     name: str = "insert-cond"
 
     def __call__(self, gm: fx.GraphModule, ctx: PassContext) -> bool:
         assert ctx.policy is not None
+        if ctx.is_fragment and ctx.policy.per_sample:
+            refuse_samples()
         plan, policy, nodes, graph = ctx.plan, ctx.policy, nodes_by_name(gm), gm.graph
         output = graph.output_node()
         for name in plan.partition.epilogue:
@@ -54,12 +57,12 @@ class InsertCond:
         inputs = _PolicyInputs(
             indicator, nodes[plan.modulation.timestep], latents, [nodes[name] for name in plan.partition.steady]
         )
-        behind = [*(nodes[name] for name in plan.partition.epilogue), output]
+        behind = dict.fromkeys((*(nodes[name] for name in plan.partition.epilogue), output))
         with fake_mode_of(graph), torch.autocast(tensor_of(indicator).device.type, enabled=False):
             ctx.signature = _signature(gm, policy, [indicator, *values, latents])
             state = _add_state_inputs(graph, ctx.signature)
-            with graph.inserting_before(behind[0]):
-                decision = _insert_policy(graph, policy, inputs, state)
+            with graph.inserting_before(next(iter(behind))):
+                decision = _insert_policy(graph, policy, inputs, state, ctx.is_portable)
                 operands = [nodes[name] for name in plan.partition.operands]
                 sources = [_as_operand(graph, node) for node in operands]
                 residuals = state[1 : 1 + len(values)]
@@ -69,7 +72,7 @@ class InsertCond:
                 results = _insert_cond(gm, decision.should_compute, branches, crossing.cond_operands)
                 kept = [_as_state(graph, node) for node in (indicator, latents)]
         for value, result in zip(values, results[: len(values)], strict=True):
-            value.replace_all_uses_with(result, delete_user_cb=lambda user: user in behind)
+            value.replace_all_uses_with(result, delete_user_cb=behind.__contains__)
         new_state = [kept[0], *results[len(values) :], kept[1], *decision.scalars]
         output.args = ((*output_arguments(gm), *new_state, *decision.recorded),)
         return True
@@ -130,7 +133,9 @@ class _Decision:
     recorded: list[fx.Node]
 
 
-def _insert_policy(graph: fx.Graph, policy: Policy, inputs: _PolicyInputs, state: list[fx.Node]) -> _Decision:
+def _insert_policy(
+    graph: fx.Graph, policy: Policy, inputs: _PolicyInputs, state: list[fx.Node], is_portable: bool
+) -> _Decision:
     """Traces the policy on the arguments' fake values and inlines what it did."""
 
     def decide(
@@ -138,7 +143,7 @@ def _insert_policy(graph: fx.Graph, policy: Policy, inputs: _PolicyInputs, state
     ) -> list[Tensor]:
         rel_l1 = relative_l1(indicator, state[0], policy.per_sample)
         previous_latents = state[-_NUM_SCALARS - 1]
-        evidence = gather_evidence(timestep, latents, previous_latents, steady, policy.per_sample)
+        evidence = gather_evidence(timestep, latents, previous_latents, steady, policy.per_sample, is_portable)
         decision = policy.decide(rel_l1, evidence, PolicyState(*state[-_NUM_SCALARS:]))
         recorded = [getattr(decision, name) for name in RECORDED]
         needy = decision.should_compute

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.graph import fake_tensors, fake_value, op_name, same_shape, tensor_of, written_arguments
 from teacache_fx.plan import LiveOutput
 from teacache_fx.size_names import SizeNames
+from teacache_fx.sizes import fixed
 
 _SPINE = {"add", "__add__", "__radd__", "iadd", "add_", "sub", "cat", "concat", "dropout", "clone", "contiguous", "to"}
 _ADDITIONS = {"add", "__add__", "__radd__", "iadd", "add_"}
@@ -39,41 +41,66 @@ def pair_live_outputs(
         Declined: NO_MATCHING_INPUT, since without a base the cached value would no longer follow the latents; or
             MUTATION_ACROSS_CUT, if no value leaves the region at all.
     """
-    region = set(region)
     inputs = _region_inputs(flow, region)
+    alike = _by_shape(inputs)
+    frontier = _Frontier(flow, region)
+    region = frontier.region  # grows with it
     while True:
-        live = _live_outputs(flow, region)
-        while len(live) > 1 and (sums := _sums(flow, region, live)):
-            region.update(sums)
-            live = _live_outputs(flow, region)
+        frontier.add_sums()
+        live = flow.sort(frontier.live)
         if not live:
             writers = [node for node in flow.sort(region) if written_arguments(node)]
             detail = "the stack gives nothing back but what it writes in place"
             raise Declined(DeclineReason.MUTATION_ACROSS_CUT, detail, writers[-1].name if writers else None)
-        bases = {value: _find_base(value, inputs, region, dependent) for value in live}
+        bases = {value: _find_base(value, alike[_shape(value)], region, dependent) for value in live}
         unpaired = [value for value, base in bases.items() if base is None]
         if not unpaired:
             return [LivePair(value, base) for value, base in bases.items() if base is not None], region
         for value in unpaired:
-            users = _users_behind(value, flow, region)
+            users = frontier.users_behind(value)
             if not all(view_source(user) is value or op_name(user) in _LAYOUT for user in users):
                 raise _no_base(value, inputs)
-            region.update(users)
+            for user in users:
+                frontier.add(user)
 
 
-def _live_outputs(flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
-    return [node for node in flow.sort(region) if _users_behind(node, flow, region)]
+class _Frontier:
+    """A growing region and what leaves it, kept up to date: as many values may leave it as it has blocks.
 
+    Attributes:
+        region: its nodes.
+        live: the nodes of the region that are taken behind it, each with the number of nodes that take it there.
+    """
 
-def _sums(flow: Dataflow, region: set[fx.Node], live: list[fx.Node]) -> list[fx.Node]:
-    """Additions of nothing but live outputs, such as a residual that is added outside the last block."""
-    users = {user for value in live for user in _users_behind(value, flow, region)}
-    return [user for user in users if op_name(user) in _ADDITIONS and region.issuperset(user.all_input_nodes)]
+    def __init__(self, flow: Dataflow, region: set[fx.Node]) -> None:
+        self._flow = flow
+        self.region = set(region)
+        self.live = {node: len(users) for node in region if (users := self.users_behind(node))}
+        self._todo = [user for node in self.live for user in self.users_behind(node)]
 
+    def users_behind(self, node: fx.Node) -> list[fx.Node]:
+        """Users outside the region that take the value itself; a write's effect on memory is no value."""
+        return [user for user in node.users if user in self._flow.live and user not in self.region]
 
-def _users_behind(node: fx.Node, flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
-    """Users outside the region that take the value itself; a write's effect on memory is no value."""
-    return [user for user in node.users if user in flow.live and user not in region]
+    def add(self, user: fx.Node) -> None:
+        """Takes a node behind the region into it."""
+        self.region.add(user)
+        for source in user.all_input_nodes:
+            if source in self.live:
+                self.live[source] -= 1
+                if self.live[source] == 0:
+                    del self.live[source]
+        if users := self.users_behind(user):
+            self.live[user] = len(users)
+            self._todo += users
+
+    def add_sums(self) -> None:
+        """Takes in additions of nothing but live outputs, such as a residual that is added outside the last block."""
+        while len(self.live) > 1 and self._todo:
+            user = self._todo.pop()
+            is_sum = op_name(user) in _ADDITIONS and self.region.issuperset(user.all_input_nodes)
+            if is_sum and user not in self.region:
+                self.add(user)
 
 
 def _region_inputs(flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
@@ -81,8 +108,21 @@ def _region_inputs(flow: Dataflow, region: set[fx.Node]) -> list[fx.Node]:
     return flow.sort(inputs)
 
 
+def _by_shape(nodes: Iterable[fx.Node]) -> dict[object, list[fx.Node]]:
+    """Nodes that agree in the sizes that never vary; of no others all sizes can be proven equal."""
+    alike: dict[object, list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        alike[_shape(node)].append(node)
+    return alike
+
+
+def _shape(node: fx.Node) -> object:
+    value = fake_value(node)
+    return tuple(map(fixed, value.shape)) if isinstance(value, torch.Tensor) else None
+
+
 def _find_base(value: fx.Node, inputs: list[fx.Node], region: set[fx.Node], dependent: set[fx.Node]) -> fx.Node | None:
-    """The one input of the value's shape that follows the latents; the residual additions settle a tie."""
+    """The one of the inputs of the value's shape that follows the latents; the residual additions settle a tie."""
     candidates = [node for node in inputs if _fits(node, value)]
     if len(candidates) > 1:
         spine = _spine_inputs(value, region)

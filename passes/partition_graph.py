@@ -12,7 +12,7 @@ from teacache_fx.costs import measure
 from teacache_fx.dataflow import Dataflow, is_assertion, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.fragments import CALL_INPUTS
-from teacache_fx.graph import fake_tensors, fake_value, is_unbacked, op_name, storages
+from teacache_fx.graph import fake_tensors, fake_value, is_unbacked, op_name
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.follow_latents import check_follows_latents
 from teacache_fx.passes.input_roles import conditioning_inputs, steady_inputs
@@ -119,7 +119,7 @@ def _tuple_source(node: fx.Node) -> list[fx.Node]:
 
 
 def _writers(flow: Dataflow, node: fx.Node) -> list[fx.Node]:
-    return [writer for storage in storages(node) for writer in flow.writers.get(storage, [])]
+    return [writer for storage in flow.storages(node) for writer in flow.writers.get(storage, [])]
 
 
 def _operands(flow: Dataflow, blocks: list[fx.Node], pairs: list[LivePair]) -> list[fx.Node]:
@@ -131,12 +131,14 @@ def _operands(flow: Dataflow, blocks: list[fx.Node], pairs: list[LivePair]) -> l
     inside = set(blocks)
     outside = dict.fromkeys(argument for node in blocks for argument in node.all_input_nodes if argument not in inside)
     outside.update(dict.fromkeys(pair.base for pair in pairs))
-    roots: dict[fx.Node, None] = {}
+    roots, seen = dict[fx.Node, None](), set[fx.Node]()
     todo = list(outside)
     while todo:
         node = todo.pop()
-        source = view_source(node)
-        if source is not None:
+        if node in seen:
+            continue
+        seen.add(node)
+        if view_source(node) is not None:
             todo += node.all_input_nodes  # sizes of a view may be values too
         elif not (node.op == "get_attr" and fake_value(node) is None):
             roots[node] = None

@@ -6,20 +6,19 @@ transformer.compile(backend=TeaCacheBackend(rel_l1_thresh=0.2), fullgraph=True)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from teacache_fx.backend import TeaCacheBackend, teacache_backend
-from teacache_fx.config import TeaCacheConfig
-from teacache_fx.contexts import cache_context, session
-from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
-from teacache_fx.explain import explain
-from teacache_fx.extractors import CacheContext, register_extractor
-from teacache_fx.policy import StepReason
-from teacache_fx.report import RewriteReport
-from teacache_fx.select import get_cache_backend
-from teacache_fx.state import TeaCacheState
-from teacache_fx.stats import CacheStats
-
 if TYPE_CHECKING:
+    from teacache_fx.backend import TeaCacheBackend, teacache_backend
+    from teacache_fx.config import TeaCacheConfig
+    from teacache_fx.contexts import cache_context, session
+    from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
+    from teacache_fx.explanation import explain
+    from teacache_fx.extractors import CacheContext, register_extractor
     from teacache_fx.hook import TeaCacheHook, apply_teacache_hook, remove_teacache_hook
+    from teacache_fx.policy import StepReason
+    from teacache_fx.report import RewriteReport
+    from teacache_fx.select import get_cache_backend
+    from teacache_fx.state import TeaCacheState
+    from teacache_fx.stats import CacheStats
 
 __version__ = "0.1.0"
 
@@ -45,13 +44,39 @@ __all__ = [
     "teacache_backend",
 ]
 
+_HOMES = {
+    "backend": ("TeaCacheBackend", "teacache_backend"),
+    "config": ("TeaCacheConfig",),
+    "contexts": ("cache_context", "session"),
+    "errors": ("Declined", "DeclineReason", "TeaCacheWarning"),
+    "explanation": ("explain",),
+    "extractors": ("CacheContext", "register_extractor"),
+    "hook": ("TeaCacheHook", "apply_teacache_hook", "remove_teacache_hook"),
+    "policy": ("StepReason",),
+    "report": ("RewriteReport",),
+    "select": ("get_cache_backend",),
+    "state": ("TeaCacheState",),
+    "stats": ("CacheStats",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """The hook is a diffusers hook: diffusers, slow to import and not required, is imported when it is asked for."""
-    if name not in ("TeaCacheHook", "apply_teacache_hook", "remove_teacache_hook"):
+    """Imports a public name's module when it is asked for.
+
+    The pytest plugin is loaded in every run of pytest, and must not bring torch along; and the hook is a diffusers
+    hook, while diffusers is slow to import and not required.
+    """
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        hook = importlib.import_module("teacache_fx.hook")
+        module = importlib.import_module(f"{__name__}.{home}")
     except ModuleNotFoundError as error:
+        if home != "hook" or not str(error.name).startswith("diffusers"):
+            raise
         raise ImportError(f"{name} needs diffusers: pip install 'teacache-fx[diffusers]'") from error
-    return getattr(hook, name)
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

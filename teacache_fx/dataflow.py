@@ -1,20 +1,28 @@
 """Who needs what in a graph, in-place writes included.
 
 An FX edge says that a node takes another's value. It does not say that `out[..., 0::2] = x` must come along when `out`
-is taken. Here a node's predecessors are its arguments and every earlier writer to the memory that it reads, so that a
-slice which holds a tensor holds the writers to it too.
+is taken. Here a node needs its arguments and every earlier writer to the memory that it reads, so that a slice which
+holds a tensor holds the writers to it too.
+
+Note [Chains of writers]: a block stack that adds to one tensor has as many writers to it as layers, and more readers.
+An edge from each reader to each writer before it would be a square of edges. A writer also reads what it writes to. So
+one edge to the last writer is enough, and leads on from there to the others; a search that must not enter one of them
+goes past it, to the writer before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import fx
 
-from teacache_fx.graph import fake_value, op_name, storages, written_arguments
+from teacache_fx.graph import fake_value, occupies, op_name, storages, written_arguments
 
 _MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+_Edges = dict[fx.Node, list[fx.Node]]
+_MemoryEdges = defaultdict[fx.Node, list[tuple[int, fx.Node]]]  # each with the storage that it is about
 
 
 class Dataflow:
@@ -22,8 +30,9 @@ class Dataflow:
 
     Attributes:
         order: position of each node in the graph.
-        predecessors: arguments of a node and earlier writers to the memory that it reads; and of the nodes inside a
-            functorch transform all the others, since it can only be moved as a whole.
+        predecessors: arguments of a node and the last earlier writer to each memory that it reads, as in Note [Chains
+            of writers]; and of the nodes inside a functorch transform all the others, since it can only be moved as a
+            whole.
         successors: the converse.
         writers: for each storage that is written at all, its writers in graph order.
         live: the nodes that an output, a write to an input or an effect needs.
@@ -33,8 +42,11 @@ class Dataflow:
         self.nodes = list(graph.nodes)
         self.order = {node: position for position, node in enumerate(self.nodes)}
         self.writers: dict[int, list[fx.Node]] = {}
-        self.predecessors: dict[fx.Node, list[fx.Node]] = {}
-        self.successors: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}
+        self.predecessors: _Edges = {}
+        self.successors: _Edges = {node: [] for node in self.nodes}
+        self._writers_before: _MemoryEdges = defaultdict(list)
+        self._readers_behind: _MemoryEdges = defaultdict(list)
+        self._storages: dict[fx.Node, set[int]] = {}
         for node in self.nodes:
             self._add(node)
         for stretch in transforms(self.nodes):
@@ -43,17 +55,19 @@ class Dataflow:
         self.live = self.backward(self._roots())
 
     def _add(self, node: fx.Node) -> None:
-        arguments = list(dict.fromkeys(node.all_input_nodes))
-        needed = dict.fromkeys(arguments)
+        needed = dict.fromkeys(node.all_input_nodes)
         if self.writers:
-            for argument in arguments:
-                for storage in storages(argument) & self.writers.keys():
-                    needed.update(dict.fromkeys(self.writers[storage]))
+            read = {storage for argument in needed for storage in self.storages(argument)}
+            for storage in read & self.writers.keys():
+                writer = self.writers[storage][-1]
+                needed[writer] = None
+                self._writers_before[node].append((storage, writer))
+                self._readers_behind[writer].append((storage, node))
         self.predecessors[node] = list(needed)
         for predecessor in needed:
             self.successors[predecessor].append(node)
         for argument in written_arguments(node):
-            for storage in storages(argument):
+            for storage in self.storages(argument):
                 self.writers.setdefault(storage, []).append(node)
 
     def _tie(self, node: fx.Node, other: fx.Node) -> None:
@@ -66,31 +80,53 @@ class Dataflow:
         roots = [node for node in self.nodes if node.op == "output" or is_mode(node) or is_assertion(node)]
         for node in self.nodes:
             if node.op == "placeholder" and self.writers:
-                roots += [writer for storage in storages(node) for writer in self.writers.get(storage, [])]
+                roots += [writer for storage in self.storages(node) for writer in self.writers.get(storage, [])]
         return roots
+
+    def storages(self, node: fx.Node) -> set[int]:
+        """Identities of the storages that the node's tensors live in; remembered, for a node may have many tensors."""
+        if node not in self._storages:
+            self._storages[node] = storages(node)
+        return self._storages[node]
 
     def backward(self, starts: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
         """All that the starts need, themselves included; what lies only behind a node of `stop` is left out."""
-        return _reach(starts, self.predecessors, stop)
+        return _reach(starts, self.predecessors, self._writers_before, stop)
 
     def forward(self, starts: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
         """All that depends on the starts, themselves included, other than through a node of `stop` alone."""
-        return _reach(starts, self.successors, stop)
+        return _reach(starts, self.successors, self._readers_behind, stop)
 
     def sort(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """The nodes in graph order."""
         return sorted(nodes, key=self.order.__getitem__)
 
 
-def _reach(starts: Iterable[fx.Node], edges: dict[fx.Node, list[fx.Node]], stop: Collection[fx.Node]) -> set[fx.Node]:
-    reached: set[fx.Node] = set()
+def _reach(starts: Iterable[fx.Node], edges: _Edges, memory: _MemoryEdges, stop: Collection[fx.Node]) -> set[fx.Node]:
+    reached, passed = set[fx.Node](), set[tuple[int, fx.Node]]()
     todo = list(starts)
     while todo:
         node = todo.pop()
         if node not in reached and node not in stop:
             reached.add(node)
             todo.extend(edges[node])
+            if stop and node in memory:
+                todo.extend(_past(memory[node], memory, stop, passed))
     return reached
+
+
+def _past(
+    steps: list[tuple[int, fx.Node]], memory: _MemoryEdges, stop: Collection[fx.Node], passed: set[tuple[int, fx.Node]]
+) -> Iterator[fx.Node]:
+    """What the steps lead to past nodes of `stop`, along the memory that each step is about."""
+    todo = list(steps)
+    while todo:
+        storage, node = step = todo.pop()
+        if node in stop and step not in passed:
+            passed.add(step)
+            further = [(about, other) for about, other in memory.get(node, ()) if about == storage]
+            todo += further
+            yield from (other for _, other in further)
 
 
 def transforms(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
@@ -132,7 +168,8 @@ def view_source(node: fx.Node) -> fx.Node | None:
     own = storages(node)
     if not own:
         return None
-    source = next((argument for argument in node.all_input_nodes if own <= storages(argument)), None)
-    if source is None or isinstance(fake_value(source), torch.Tensor) or view_source(source) is not None:
+    source = next((argument for argument in node.all_input_nodes if occupies(argument, own)), None)
+    if source is None or isinstance(fake_value(source), torch.Tensor):
         return source
-    return None  # one of several fresh results, such as of topk
+    is_view = any(occupies(argument, own) for argument in source.all_input_nodes)
+    return source if is_view else None  # one of several fresh results, such as of topk

@@ -27,6 +27,7 @@ class DeclineReason(enum.Enum):
     UNKNOWN_STATE_SHAPE = "state shape unknown"
     NOT_A_MODEL = "not a model"
     ALREADY_REWRITTEN = "already rewritten"
+    NOT_EXPORTABLE = "torch.export does not take the model"
 
     @property
     def remedy(self) -> str:
@@ -74,6 +75,7 @@ _REMEDIES = {
     DeclineReason.UNKNOWN_STATE_SHAPE: "let the token count follow from the shapes of the inputs, not their values",
     DeclineReason.NOT_A_MODEL: "compile an nn.Module with parameters and call it with tensors",
     DeclineReason.ALREADY_REWRITTEN: "rewrite the original model once",
+    DeclineReason.NOT_EXPORTABLE: "use torch.compile(model, backend=TeaCacheBackend(...)), which needs no export",
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import fx
 
+from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.graph import (
     copy_graph_module,
     fake_mode_of,
@@ -31,3 +34,14 @@ def with_call_inputs(gm: fx.GraphModule) -> fx.GraphModule:
             set_fake_value(last, torch.zeros((), dtype=dtype, device=devices[0] if devices else None))
     gm.recompile()
     return gm
+
+
+def refuse_samples() -> NoReturn:
+    """Says why samples cannot decide for themselves in such a graph.
+
+    Raises:
+        Declined: NO_SAMPLE_DIMENSION. What is known of the call as a whole, its timestep and its conditioning, is of
+            all samples together; and nothing says that the embedded latents still have the batch in front.
+    """
+    detail = "granularity='sample' needs the capture whole: behind a graph break no dimension is known to be the batch"
+    raise Declined(DeclineReason.NO_SAMPLE_DIMENSION, detail)

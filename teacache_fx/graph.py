@@ -6,7 +6,7 @@ Tried on torch 2.13.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -92,8 +92,25 @@ def storages(node: fx.Node) -> set[int]:
 
     What a vmap is mapping over has none that could be told.
     """
-    plain = (tensor for tensor in fake_tensors(node) if not torch._C._functorch.is_batchedtensor(tensor))
-    return {tensor.untyped_storage()._cdata for tensor in plain if tensor.layout == torch.strided}
+    return set(_storages(fake_tensors(node)))
+
+
+def occupies(node: fx.Node, wanted: set[int]) -> bool:
+    """Whether tensors of the node live in all of these storages; of many views of one tensor it looks at the first."""
+    value, missing = fake_value(node), set(wanted)
+    for part in value if isinstance(value, (tuple, list)) else [value]:
+        missing.difference_update(_storages(torch.utils._pytree.tree_leaves(part)))
+        if not missing:
+            return True
+    return not missing
+
+
+def _storages(leaves: Iterable[Any]) -> Iterator[int]:
+    for tensor in leaves:
+        if not isinstance(tensor, torch.Tensor) or torch._C._functorch.is_batchedtensor(tensor):
+            continue
+        if tensor.layout == torch.strided:
+            yield tensor.untyped_storage()._cdata
 
 
 def op_name(node: fx.Node) -> str:

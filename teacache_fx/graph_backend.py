@@ -19,7 +19,7 @@ from teacache_fx.compilers import check_inner, compile_with, inductor_options, i
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import current_context, original
 from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
-from teacache_fx.explain import explained
+from teacache_fx.explanation import explained
 from teacache_fx.extractors import has_extractor
 from teacache_fx.flops import is_matmul
 from teacache_fx.report import RewriteReport

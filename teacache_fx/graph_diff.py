@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from teacache_fx.snapshot_text import Line, Section, SnapshotText, parse
 
 MOST_LINES = 20
+_LONG_FACT = 100  # characters; of a longer list only what has changed is told
 _MOST_SHAPES = 3  # told one by one; more of the same change are counted
 
 
@@ -67,6 +68,11 @@ def _caution(before: SnapshotText, after: SnapshotText) -> str:
 
 def _sections(before: SnapshotText, after: SnapshotText) -> Iterator[str]:
     """The changes, those that several parts have in common once."""
+    declined = [text.sections.get("declined") for text in (before, after)]
+    if (declined[0] is None) is not (declined[1] is None):
+        yield from (f"declined now: {line.text}" for line in declined[1].lines) if declined[1] else ()
+        yield from (f"was declined: {line.text}" for line in declined[0].lines) if declined[0] else ()
+        return
     parts: dict[tuple[str, ...], list[str]] = {}
     for label in dict.fromkeys([*before.sections, *after.sections]):
         if label in before.sections and label in after.sections:
@@ -138,12 +144,20 @@ def _edits(left: Line, right: Line) -> Iterator[str]:
         change = "is now left out of a skipped step" if right.is_skipped else "now runs on every step"
         yield f"  ~ {right.name} {change}"
     if not left.is_call:
-        if left.text != right.text:
+        if left.text != right.text and max(len(left.kind), len(right.kind)) > _LONG_FACT:
+            yield f"  ~ {right.name}: {_instead(left.kind.split(', '), right.kind.split(', '))}"
+        elif left.text != right.text:
             yield f"  ~ {left.name}: {left.kind} -> {right.kind}"
     elif left.kind == right.kind and left.arguments != right.arguments:
-        gone = [argument for argument in left.arguments if argument not in right.arguments]
-        come = [argument for argument in right.arguments if argument not in left.arguments]
-        yield f"  ~ {right.name} takes {', '.join(come) or 'no'} instead of {', '.join(gone) or 'nothing'}"
+        yield f"  ~ {right.name} takes {_instead(left.arguments, right.arguments)}"
+
+
+def _instead(old: Sequence[str], new: Sequence[str]) -> str:
+    gone = [item for item in old if item not in new]
+    come = [item for item in new if item not in old]
+    if not gone and not come:
+        return "the same in another order"
+    return f"{', '.join(come) or 'nothing'} instead of {', '.join(gone) or 'nothing'}"
 
 
 def _shape_changes(shapes: list[tuple[str, str, str]]) -> list[str]:

@@ -82,15 +82,19 @@ class Pipeline:
             self._run(step)
         return self.context.plan
 
-    def rewrite(self, config: ResolvedConfig) -> RewrittenGraph:
+    def rewrite(self, config: ResolvedConfig, is_portable: bool = False) -> RewrittenGraph:
         """Rewrites a copy from the plan, with these settings in it. The original graph is not touched.
+
+        Args:
+            config: the settings.
+            is_portable: add only operations that ONNX has; see `content_hash` for the price.
 
         Raises:
             Declined: the graph cannot be rewritten.
             VerificationError: a pass broke its contract.
         """
         plan = self.context.plan
-        self.context.policy = policy_of(config)
+        self.context.policy, self.context.is_portable = policy_of(config), is_portable
         started = time.perf_counter()
         self.gm = copy_graph_module(self.original)
         self.timings["copy"] = time.perf_counter() - started

@@ -20,9 +20,11 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy import functions
+from torch.utils._sympy.value_ranges import bound_sympy
 
 Size: TypeAlias = int | torch.SymInt
 
+_UNLIMITED = 1 << 48  # torch writes "no limit" as one of its largest integers
 _MOST_CASES = 64  # of one proof
 
 
@@ -41,6 +43,21 @@ def captured(size: Size) -> int | None:
         return int(size)
     hint = getattr(size.node, "hint", None)
     return hint if isinstance(hint, int) else None
+
+
+def largest(size: Size) -> int | None:
+    """The upper limit of a size, from the limits of its symbols; `None` if it has none."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    upper = bound_sympy(size.node.expr, size.node.shape_env.var_to_range).upper
+    return int(upper) if upper.is_Integer and upper < _UNLIMITED else None
+
+
+def fixed(size: Size) -> int | None:
+    """The size if it is plain that it is the same in every call, else `None`."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.expr) if size.node.expr.is_Integer else None
 
 
 def captured_symbols(size: torch.SymInt) -> dict[sympy.Symbol, int | None]:

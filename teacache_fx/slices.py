@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -30,6 +30,7 @@ from teacache_fx.graph import (
 )
 from teacache_fx.sizes import Size, proven_less
 
+_TO_END = 1 << 62  # export writes the largest integer for a missing end
 _EMPTY = "TeaCache takes it that a sequence is joined with one or more tokens: here with none; is a mask all False?"
 
 
@@ -52,16 +53,15 @@ def _tell_sizes(graph: fx.Graph) -> bool:
             graph.erase_node(node)  # torch has asserted of an open size what is known now
             continue
         is_changed = bool(changed.intersection(node.all_input_nodes))
-        for dimension, bound in _open_slices(node):
-            length = -fake_value(bound)
-            source = node.args[0]
-            entire = tensor_of(source).shape[dimension]
+        for cut in _open_slices(node):
+            length = -fake_value(cut.bound)
+            entire = tensor_of(node.args[0]).shape[cut.dimension]
             if not (proven_less(-1, length) and proven_less(length, entire + 1)):
                 continue
-            _count_from_front(graph, node, dimension, entire - length)
+            _count_from_front(graph, node, cut, entire - length)
             if isinstance(length, torch.SymInt) and length.node.expr not in checked:
                 checked.add(length.node.expr)
-                _check_not_empty(graph, node, bound)
+                _check_not_empty(graph, node, cut.bound)
             is_changed = True
         if is_changed and node.op in ("call_function", "call_method"):
             changed.add(node)
@@ -69,30 +69,49 @@ def _tell_sizes(graph: fx.Graph) -> bool:
     return bool(changed)
 
 
-def _open_slices(node: fx.Node) -> Iterator[tuple[int, fx.Node]]:
-    """Dimension and bound of each slice by one bound that only running the model tells."""
-    if op_name(node) not in ("getitem", "__getitem__") or not isinstance(fake_value(node), torch.Tensor):
+class _OpenSlice(NamedTuple):
+    """A slice by one bound that only running the model tells: `x[bound:]` or `x[:bound]` along a dimension."""
+
+    dimension: int
+    bound: fx.Node
+    is_start: bool
+
+
+def _open_slices(node: fx.Node) -> Iterator[_OpenSlice]:
+    if not isinstance(fake_value(node), torch.Tensor):
         return
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if not all(isinstance(item, slice) for item in index):
-        return
-    for dimension, item in enumerate(index):
+    for dimension, item in enumerate(_items(node)):
         bound = item.start if item.stop is None else item.stop
         is_one = isinstance(bound, fx.Node) and (item.start is None or item.stop is None) and item.step is None
         if is_one and is_unbacked(fake_value(bound)):
-            yield dimension, bound
+            yield _OpenSlice(dimension, bound, item.stop is None)
 
 
-def _count_from_front(graph: fx.Graph, node: fx.Node, dimension: int, kept: Size) -> None:
-    source, index = node.args
-    items = list(index) if isinstance(index, tuple) else [index]
-    item = items[dimension]
-    position: Any = kept
+def _items(node: fx.Node) -> list[slice]:
+    """What the node takes along each dimension; empty if it does anything else than slicing."""
+    if op_name(node) in ("getitem", "__getitem__"):
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return list(index) if all(isinstance(item, slice) for item in index) else []  # type: ignore[arg-type]
+    if node.target is torch.ops.aten.slice.Tensor:
+        dimension, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+        is_to_end = isinstance(stop, int) and stop >= _TO_END
+        item = slice(None if start == 0 else start, None if is_to_end else stop, None if step == 1 else step)
+        return [slice(None)] * (int(dimension) % tensor_of(node).ndim) + [item]  # type: ignore[call-overload]
+    return []
+
+
+def _count_from_front(graph: fx.Graph, node: fx.Node, cut: _OpenSlice, kept: Size) -> None:
+    source, position = node.args[0], kept
     if isinstance(kept, torch.SymInt):
         with graph.inserting_before(node):
-            size = emit(graph, torch.ops.aten.sym_size.int, source, dimension)
-            position = emit(graph, operator.add, size, item.start if item.stop is None else item.stop)
-    items[dimension] = slice(position, None) if item.stop is None else slice(None, position)
+            size = emit(graph, torch.ops.aten.sym_size.int, source, cut.dimension)
+            position = emit(graph, operator.add, size, cut.bound)  # type: ignore[assignment]
+    bounds = (position, None) if cut.is_start else (None, position)
+    if node.target is torch.ops.aten.slice.Tensor:
+        node.args = (source, cut.dimension, *(bounds if cut.is_start else (0, position)))
+        return
+    items = _items(node)
+    items[cut.dimension] = slice(*bounds)
     node.args = (source, tuple(items))
 
 

@@ -16,7 +16,7 @@ from teacache_fx.capture import capture_site
 from teacache_fx.config import ResolvedConfig, TeaCacheConfig
 from teacache_fx.contexts import original
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.explain import explained
+from teacache_fx.explanation import explained
 from teacache_fx.exported import load_graph
 from teacache_fx.folding import canonical_graph
 from teacache_fx.forwards import with_own_code

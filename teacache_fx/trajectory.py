@@ -23,6 +23,7 @@ def gather_evidence(
     previous_latents: Tensor,
     steady: Sequence[Tensor],
     per_sample: bool = False,
+    is_portable: bool = False,
 ) -> Evidence:
     """The evidence of one step, on the latents' device.
 
@@ -33,6 +34,7 @@ def gather_evidence(
         previous_latents: those of the step before, alike.
         steady: all inputs that keep their contents throughout a generation, any dtype and shape.
         per_sample: of shape [batch] instead of [].
+        is_portable: as in `content_hash`.
     """
     batch = (latents.shape[0],) if per_sample else ()
 
@@ -45,14 +47,14 @@ def gather_evidence(
     time = latents.new_zeros(batch, dtype=torch.float32) if timestep is None else average(timestep)
     hashed = latents.new_zeros(batch, dtype=torch.int64)
     for number, tensor in enumerate(steady):
-        one = content_hash(tensor, _has_rows(tensor, latents, per_sample)).to(latents.device)
+        one = content_hash(tensor, _has_rows(tensor, latents, per_sample), is_portable).to(latents.device)
         hashed = hashed + (one & _BITS) * (2 * number + 1)
     # The farthest of the samples counts: a mean would hide that one slot of a large batch has been given to another.
     moves = relative_move(latents, previous_latents, per_sample=True)
     return Evidence(time, moves if per_sample else moves.max(), hashed)
 
 
-def content_hash(tensor: Tensor, per_sample: bool = False) -> Tensor:
+def content_hash(tensor: Tensor, per_sample: bool = False, is_portable: bool = False) -> Tensor:
     """A hash of the elements' bits and places: the same on every device and in every compiler.
 
     A change of a single element always changes it, a change of several but for about one in 2**32. It is a sum of
@@ -61,6 +63,8 @@ def content_hash(tensor: Tensor, per_sample: bool = False) -> Tensor:
     Args:
         tensor: any dtype and shape.
         per_sample: hash each entry of the first dimension, the batch, by itself.
+        is_portable: only of operations that ONNX has. It cannot look at the bits of a floating-point number, so the
+            numbers are rounded to 2**-32 and limited to 2**30: finer and larger changes go unseen.
 
     Returns:
         int64 of shape [], or [batch].
@@ -70,7 +74,9 @@ def content_hash(tensor: Tensor, per_sample: bool = False) -> Tensor:
     tensor = tensor.resolve_neg()
     rows = (tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]) if per_sample else tensor.reshape(1, -1)
     is_wide = rows.dtype in (torch.float64, torch.int64)
-    if rows.dtype == torch.float64:
+    if rows.is_floating_point() and is_portable:
+        rows, is_wide = (rows.to(torch.float64).nan_to_num().clamp(-(2.0**30), 2.0**30) * 2.0**32).round(), True
+    elif rows.dtype == torch.float64:
         rows = rows.view(torch.int64)
     elif rows.is_floating_point():  # exact for the shorter types too
         rows = rows.to(torch.float32).view(torch.int32)

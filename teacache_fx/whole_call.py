@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from teacache_fx.argument_names import LATENT_NAMES, says_time
 from teacache_fx.capture import GraphBreak
-from teacache_fx.errors import Declined
+from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.trajectory import content_hash
 
 
@@ -121,9 +121,15 @@ class Capture:
 
     @property
     def verdict(self) -> Declined | None:
-        """Why nothing was rewritten, as far as graphs were captured in this call: the first graph break, if any."""
+        """Why nothing was rewritten, as far as graphs were captured in this call.
+
+        Samples that cannot decide for themselves where the blocks are; else the first graph break, if any.
+        """
         if self.is_rewritten or not self.refusals:
             return None
+        for refusal, _ in self.refusals:
+            if refusal.reason is DeclineReason.NO_SAMPLE_DIMENSION:
+                return refusal
         return next((refusal for refusal, cause in self.refusals if cause is not None), self.refusals[0][0])
 
 

@@ -23,11 +23,6 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--update-goldens` rewrites the golden texts instead of comparing with them."""
-    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens from what the passes do now")
-
-
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compares a text with the golden of that name; `golden("toy.plan", text)`."""

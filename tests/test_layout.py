@@ -17,17 +17,17 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 # Each module may import from the levels before its own. What a pass is made of lies below the passes.
 LEVELS = (
     {
-        "argument_names", "checks", "errors", "coefficients", "einsum", "forwards", "module_paths", "opaque", "policy",
-        "sizes", "snapshot_text",
+        "argument_names", "call_layout", "checks", "errors", "coefficients", "einsum", "forwards", "module_paths",
+        "opaque", "policy", "sizes", "snapshot_text",
     },
     {"advice", "contexts", "graph", "graph_diff", "signature", "trajectory"},
     {
-        "capture", "config", "dataflow", "exported", "fixed_numbers", "flops", "fragments", "identity", "listener", "marks", "modes",
-        "pin_operands", "plot", "segments", "size_names",
+        "capture", "config", "dataflow", "exported", "fixed_numbers", "flops", "fragments", "identity", "listener",
+        "marks", "modes", "pin_operands", "plot", "segments", "size_names", "state_buffers",
     },
     {"costs", "compilers", "extractors", "render", "slices", "state", "whole_call"},
     {"canonical", "plan", "stats", "store"},
-    {"folding", "report", "passes.base"},
+    {"flat_state", "folding", "report", "passes.base"},
     {
         "passes.block_lists", "passes.branches", "passes.input_roles", "passes.modulation_patterns",
         "passes.pair_live_outputs", "passes.verify",
@@ -39,11 +39,12 @@ LEVELS = (
     },
     {"passes"},
     {"rewrite"},
-    {"plan_text", "runtime", "explain"},
-    {"graph_backend"},
-    {"hook"},
-    {"backend", "snapshot"},
-    {"select"},
+    {"plan_text", "runtime", "explanation"},
+    {"export_capture", "graph_backend"},
+    {"hook", "rewritten_model"},
+    {"backend", "export", "snapshot"},
+    {"select", "targets", "testing"},
+    {"cli"},
     {""},
 )  # fmt: skip
 

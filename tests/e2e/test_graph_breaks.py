@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from teacache_fx import DeclineReason, TeaCacheBackend, TeaCacheWarning, apply_teacache_hook, remove_teacache_hook
+from teacache_fx import (
+    DeclineReason,
+    StepReason,
+    TeaCacheBackend,
+    TeaCacheWarning,
+    apply_teacache_hook,
+    remove_teacache_hook,
+)
 from tests import toys
 from tests.both_branches import ALWAYS_SKIP, measure
 
@@ -122,3 +129,31 @@ def test_what_breaks_the_graph_in_each_block_is_kept_whole() -> None:
     assert report.plan.costs.skipped_share < 0.2
     remove_teacache_hook(model)
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, HostMlp))
+
+
+def test_samples_behind_a_break_cannot_decide_for_themselves() -> None:
+    model, reference, inputs = toys.make(EarlyBreakDiT), toys.make(EarlyBreakDiT), toys.inputs()
+    backend = _backend(granularity="sample")
+    apply_teacache_hook(model, backend)
+    with torch.no_grad(), pytest.warns(TeaCacheWarning, match="samples cannot decide for themselves") as caught:
+        outputs = [model(**inputs) for _ in range(3)]
+    with torch.no_grad():
+        assert all(torch.equal(output, reference(**inputs)) for output in outputs)
+    assert len(caught) == 1
+    assert "set granularity='batch'" in str(caught[0].message)
+    assert not any(report.is_rewritten for report in backend.reports)
+    assert backend.stats().contexts == ()
+
+
+def test_samples_decide_once_what_breaks_is_kept_whole() -> None:
+    """A break that can be healed is healed, and then the whole call is one graph."""
+    model, inputs = toys.make(HostDiT), toys.inputs()
+    backend = _backend(granularity="sample", on_decline="raise")
+    apply_teacache_hook(model, backend)
+    with torch.no_grad():
+        for _ in range(3):
+            model(**inputs)
+    (report,) = [report for report in backend.reports if report.is_rewritten]
+    assert report.plan is not None
+    assert not report.plan.is_fragment
+    assert [step.sample_reasons for step in backend.stats().contexts[0].steps][1] == (StepReason.SKIPPED,) * 2

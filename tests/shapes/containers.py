@@ -43,7 +43,7 @@ class PairSequentialDit(Dit):
 class ConditionedSequential(nn.Sequential):
     """Passes the condition to each of its blocks."""
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
         for block in self:
             x = block(x, c)
         return x
@@ -120,7 +120,8 @@ class PairsDit(Dit):
         )
 
     def trunk(self, x: Tensor, c: Tensor) -> Tensor:
-        for norm, attn, to_scale, ff in self.layers:  # type: ignore[misc]
+        for layer in self.layers:
+            norm, attn, to_scale, ff = layer.children()
             x = attn(norm(x) * (1 + to_scale(c).unsqueeze(1))) + x
             x = ff(x) + x
         return x

@@ -23,6 +23,14 @@ def images(channels: int = CHANNELS, **more: Any) -> dict[str, Any]:
     }
 
 
+def by_keywords(model: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    return model(**inputs)
+
+
+def by_position(model: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    return model(*inputs.values())
+
+
 @dataclass(frozen=True)
 class Expected:
     """What someone who knows the model would say of it.
@@ -36,7 +44,7 @@ class Expected:
         live: shapes of what leaves the blocks and is used later.
         share: upper bound of the FLOPs that a skipped step pays.
         timestep_input: name of the graph's input that is the timestep.
-        positional: the model is called with positional arguments alone.
+        call: passes the inputs of one step to the model.
     """
 
     make: Callable[[], nn.Module]
@@ -47,12 +55,12 @@ class Expected:
     live: tuple[tuple[int, ...], ...] = ((2, TOKENS, WIDTH),)
     share: float = 0.1
     timestep_input: str = "l_t_"
-    positional: bool = False
+    call: Callable[[Callable[..., Any], dict[str, Any]], Any] = by_keywords
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Multi-head attention over [batch, tokens, width], softmax and all by hand."""
-    heads = [tensor.unflatten(-1, (HEADS, -1)).transpose(1, 2) for tensor in (query, key, value)]
+    heads = [torch.unflatten(tensor, -1, (HEADS, -1)).transpose(1, 2) for tensor in (query, key, value)]
     weights = torch.softmax(heads[0] @ heads[1].transpose(-1, -2) * (WIDTH // HEADS) ** -0.5, dim=-1)
     return (weights @ heads[2]).transpose(1, 2).flatten(2)
 
@@ -100,7 +108,8 @@ class Block(nn.Module):
         c = c if c.ndim == 3 else c.unsqueeze(1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate * self.attn(modulate(self.norm1(x), shift, scale))
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        more: Tensor = gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x + more
 
 
 class PlainBlock(nn.Module):
@@ -113,7 +122,8 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        more: Tensor = self.mlp(self.norm2(x))
+        return x + more
 
 
 class TimestepEmbedder(nn.Module):
@@ -167,7 +177,7 @@ class Dit(nn.Module):
         return tokens
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        x = x.unflatten(1, (4, 4)).unflatten(-1, (2, 2, -1))
+        x = torch.unflatten(torch.unflatten(x, 1, (4, 4)), -1, (2, 2, -1))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import nn
 
 from teacache_fx import TeaCacheBackend
 from tests.both_branches import ALWAYS_SKIP, measure
-from tests.shapes import containers
+from tests.shapes import containers, functional, interfaces, layouts
 from tests.shapes.parts import Expected
 
-CASES: dict[str, Expected] = {**containers.CASES}
+CASES: dict[str, Expected] = {**containers.CASES, **functional.CASES, **interfaces.CASES, **layouts.CASES}
 
 
 def _make(expected: Expected) -> nn.Module:
@@ -29,7 +29,7 @@ def _moved(expected: Expected, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _caller(model: Callable[..., Any], expected: Expected) -> Callable[..., Any]:
-    return (lambda **inputs: model(*inputs.values())) if expected.positional else model
+    return lambda **inputs: expected.call(model, inputs)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,148 @@
+"""Captures a model by torch.export, and rewrites the graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+
+from teacache_fx.call_layout import CallLayout
+from teacache_fx.config import TeaCacheConfig
+from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.exported import graph_of
+from teacache_fx.plan import CachePlan
+from teacache_fx.rewrite import Pipeline
+from teacache_fx.runtime import StateShapes
+from teacache_fx.signature import CacheSignature
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A rewritten graph, and how to call it.
+
+    Attributes:
+        gm: takes weights, then the leaves of the call, then the state.
+        plan: that it was rewritten from.
+        signature: layout of what was added.
+        layout: of the leaves.
+        weights: names of the weights that it takes, in order.
+        constants: those among them that are attributes of no module.
+    """
+
+    gm: fx.GraphModule
+    plan: CachePlan
+    signature: CacheSignature
+    layout: CallLayout
+    weights: tuple[str, ...]
+    constants: dict[str, Tensor]
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the state's tensors, in order."""
+        return (*self.signature.tensor_names, *self.signature.scalar_names)
+
+    @property
+    def _state_fakes(self) -> tuple[Tensor, ...]:
+        return (*self.signature.tensors, *self.signature.scalars)
+
+    def initial_state(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], num_inference_steps: int
+    ) -> dict[str, Tensor]:
+        """Zeros for each tensor of the state, as large as a call with these arguments needs them."""
+        placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        leaves = self.layout.flatten(args, kwargs) if args or kwargs else []
+        shapes = StateShapes(placeholders[: self.signature.num_inputs], self.signature)
+        memory = shapes.allocate([*self.weights, *leaves])
+        memory.policy.num_inference_steps.fill_(num_inference_steps)
+        return dict(zip(self.state_names, (*memory.tensors, *memory.policy), strict=True))
+
+    def checked_state(self, state: Any) -> list[Tensor]:
+        """The state's tensors in order.
+
+        Raises:
+            TypeError: it is no dict of tensors by name.
+            ValueError: a tensor is missing, unknown, or of another shape or dtype.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"teacache_state must be a dict, as initial_state() makes it, got {type(state).__name__}")
+        if missing := [name for name in self.state_names if name not in state]:
+            raise ValueError(f"teacache_state has no {', '.join(missing)}: initial_state() makes a complete one")
+        for name, fake in zip(self.state_names, self._state_fakes, strict=True):
+            given = state[name]
+            if given.dtype != fake.dtype or not _fits(given, fake):
+                expected = f"{str(fake.dtype).removeprefix('torch.')} {list(fake.shape)}"
+                found = f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
+                raise ValueError(f"teacache_state[{name!r}] must be {expected}, got {found}: is it another model's?")
+        return [state[name] for name in self.state_names]
+
+    def state_dynamic_shapes(self) -> dict[str, dict[int, Any]]:
+        """For each tensor of the state which of its sizes vary, as torch.export is told."""
+        return {
+            name: {i: Dim.AUTO for i, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)}
+            for name, fake in zip(self.state_names, self._state_fakes, strict=True)
+        }
+
+
+def _fits(given: Tensor, fake: Tensor) -> bool:
+    pairs = zip(given.shape, fake.shape, strict=False)
+    return given.ndim == fake.ndim and all(isinstance(known, torch.SymInt) or size == known for size, known in pairs)
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    config: TeaCacheConfig,
+    is_portable: bool,
+) -> Captured:
+    """Exports the model and rewrites the graph; the model runs once, eagerly, and stays as it is.
+
+    Args:
+        model: the transformer.
+        args: positional arguments of one step.
+        kwargs: its keyword arguments.
+        dynamic_shapes: as `torch.export.export` takes them, by argument name, or `None`.
+        config: the settings.
+        is_portable: add only operations that ONNX has.
+
+    Raises:
+        Declined: torch.export does not take the model (NOT_EXPORTABLE), or the graph cannot be rewritten.
+    """
+    signature = inspect.signature(model.forward)
+    arguments = _by_name(signature, args, kwargs)
+    resolved = config.resolve(type(model).__name__)
+    with torch.no_grad():
+        model(**arguments)  # some models build tables at their first call, which torch.export could not capture
+        try:
+            program = torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:  # whatever torch.export raises is its way of refusing
+            cause = str(error).strip().split("\n")[0]
+            raise Declined(DeclineReason.NOT_EXPORTABLE, f"{type(error).__name__}: {cause}") from error
+        pipeline = Pipeline(graph_of(program))
+        pipeline.analyse()
+        rewritten = pipeline.rewrite(resolved, is_portable)
+    layout = CallLayout(signature, arguments, program.call_spec.out_spec)
+    weights = [str(spec.target) for spec in program.graph_signature.input_specs if spec.kind in _WEIGHTS]
+    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    constants = {name: program.constants[name] for name in weights if name not in own}
+    return Captured(rewritten.gm, rewritten.plan, rewritten.signature, layout, tuple(weights), constants)
+
+
+def _by_name(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    bound = signature.bind(*args, **kwargs)
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise TypeError(f"*{name} of the model's forward takes {len(value)} arguments: pass them by name")
+        arguments.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return arguments

@@ -1,0 +1,121 @@
+"""The state of an exported program, as buffers that it writes.
+
+Note [State in buffers]: what is written is written after the cond, with `copy_`; inside a branch it would break dynamic
+shapes and decompositions. Where sizes vary between calls, a tensor lies at the beginning of a flat buffer that has room
+for the largest one, and the sizes of the step before are kept: a step of other sizes does not read as numbers of its
+own what was left there, but is a first step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teacache_fx.signature import RECORDED, CacheSignature
+from teacache_fx.sizes import largest
+
+_RECORDED_DTYPES = {"reason": torch.int64, "rel_l1": torch.float32, "accumulated": torch.float32}
+
+
+class StateBuffers(nn.Module):
+    """What is remembered from one step to the next, for each context; all zeros before the first step.
+
+    Attributes:
+        previous_modulated_input, previous_residual (or previous_residual_0 and so on), previous_latents: as large as
+            what they are named after; flat, with room for the largest, where sizes vary.
+        accumulated_rel_l1_distance, step_index and so on: the fields of `PolicyState`.
+        reason, rel_l1, accumulated: of the last step, for whoever wants to look; `reason` is a `StepReason`.
+        sizes: int64, those sizes of the last step that vary.
+
+    Args:
+        signature: of the rewritten graph.
+        num_contexts: with more than one, the context is the first dimension of each buffer.
+        num_sizes: how many sizes of a call vary.
+        num_inference_steps: length of a generation in steps, 0 where it is not known.
+
+    Raises:
+        ValueError: a size has no upper limit.
+    """
+
+    def __init__(self, signature: CacheSignature, num_contexts: int, num_sizes: int, num_inference_steps: int) -> None:
+        super().__init__()
+        self._names = (*signature.tensor_names, *signature.scalar_names)
+        self._has_contexts = num_contexts > 1
+        shapes = [_room(fake) for fake in (*signature.tensors, *signature.scalars)]
+        self.flat = tuple(is_flat for _, is_flat in shapes)
+        contexts = (num_contexts,) if self._has_contexts else ()
+        device = signature.tensors[0].device
+
+        def register(name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.zeros((*contexts, *shape), dtype=dtype, device=device))
+
+        for name, (shape, _), fake in zip(self._names, shapes, (*signature.tensors, *signature.scalars), strict=True):
+            register(name, shape, fake.dtype)
+        for name in RECORDED:
+            register(name, tuple(signature.scalars.step_index.shape), _RECORDED_DTYPES[name])
+        register("sizes", (num_sizes,), torch.int64)
+        self.get_buffer("num_inference_steps").fill_(num_inference_steps)
+
+    def reset(self) -> None:
+        """Forgets all generations: the next step of each context is computed."""
+        self.get_buffer("step_index").zero_()
+
+    def read(self, context: Tensor | None, is_reset: Tensor | None, sizes: Sequence[Any]) -> list[Tensor]:
+        """The state as inputs of the graph.
+
+        Args:
+            context: int64 [], which one.
+            is_reset: bool [], whether this is the first step of a generation.
+            sizes: those of the call that vary.
+        """
+        state = {name: self._read(name, context) for name in self._names}
+        if sizes:
+            state["step_index"] = torch.where(
+                (self._read("sizes", context) == _tensor(sizes, self.sizes)).all(), state["step_index"], 0
+            )
+        if is_reset is not None:
+            state["step_index"] = torch.where(is_reset, 0, state["step_index"])
+        return list(state.values())
+
+    def write(self, context: Tensor | None, values: Sequence[Tensor], sizes: Sequence[Any]) -> None:
+        """Keeps what the graph has given back: the new state but `num_inference_steps`, and what is recorded."""
+        for name, value in zip((*self._names[:-1], *RECORDED), values, strict=True):
+            self._write(name, context, value)
+        if sizes:
+            self._write("sizes", context, _tensor(sizes, self.sizes))
+
+    def _read(self, name: str, context: Tensor | None) -> Tensor:
+        buffer: Tensor = getattr(self, name)
+        return buffer if context is None else buffer.index_select(0, context.reshape(1))[0]
+
+    def _write(self, name: str, context: Tensor | None, value: Tensor) -> None:
+        buffer: Tensor = getattr(self, name)
+        if name in self._names and self.flat[self._names.index(name)]:
+            buffer, value = buffer.narrow(-1, 0, value.numel()), value.reshape(-1)
+        if context is None:
+            buffer.copy_(value)
+        else:
+            buffer.index_copy_(0, context.reshape(1), value[None])
+
+    sizes: Tensor
+
+
+def _room(fake: Tensor) -> tuple[tuple[int, ...], bool]:
+    """Shape of the buffer for a tensor, and whether it is flat."""
+    if all(isinstance(size, int) for size in fake.shape):
+        return tuple(fake.shape), False
+    most = largest(math.prod(fake.shape))
+    if most is None:
+        raise ValueError(
+            f"state='buffers' needs room for the largest call, and the sizes {list(fake.shape)} have no limit: give "
+            "one, as in torch.export.Dim(name, max=4096), or use state='io'"
+        )
+    return (most,), True
+
+
+def _tensor(sizes: Sequence[Any], like: Tensor) -> Tensor:
+    return torch.stack([torch.scalar_tensor(size, dtype=torch.int64, device=like.device) for size in sizes])
