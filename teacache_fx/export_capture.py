@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from teacache_fx.call_layout import CallLayout
@@ -122,11 +124,7 @@ def capture(
     resolved = config.resolve(type(model).__name__)
     with torch.no_grad():
         model(**arguments)  # some models build tables at their first call, which torch.export could not capture
-        try:
-            program = torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=False)
-        except Exception as error:  # whatever torch.export raises is its way of refusing
-            cause = str(error).strip().split("\n")[0]
-            raise Declined(DeclineReason.NOT_EXPORTABLE, f"{type(error).__name__}: {cause}") from error
+        program = _exported(model, arguments, dynamic_shapes)
         pipeline = Pipeline(graph_of(program))
         pipeline.analyse()
         rewritten = pipeline.rewrite(resolved, is_portable)
@@ -135,6 +133,20 @@ def capture(
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     constants = {name: program.constants[name] for name in weights if name not in own}
     return Captured(rewritten.gm, rewritten.plan, rewritten.signature, layout, tuple(weights), constants)
+
+
+def _exported(model: nn.Module, arguments: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    """Exports by tracing, or where that fails by analysing the code: tables that a forward writes need the latter."""
+    refusals = []
+    for strict in (False, True):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot export
+                return torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=strict)
+        except Exception as error:  # whatever torch.export raises is its way of refusing
+            refusals.append(error)
+    cause = str(refusals[0]).strip().split("\n")[0]
+    detail = f"{type(refusals[0]).__name__}: {cause}"
+    raise Declined(DeclineReason.NOT_EXPORTABLE, detail) from refusals[0]
 
 
 def _by_name(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
