@@ -1,7 +1,7 @@
 """The pipeline of passes, in the order in which they run.
 
 Analysis finds facts and freezes them in a plan; rewriting reads the plan and edits a working copy. Between passes an
-observer logs, times and verifies (see `teacache_fx.rewrite`).
+observer logs, times and verifies (see `teacache_fx.pipeline`).
 """
 
 from teacache_fx.passes.base import Pass, PassContext

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from teacache_fx.contexts import cache_context, session
     from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
     from teacache_fx.explanation import explain
+    from teacache_fx.export import rewrite
     from teacache_fx.extractors import CacheContext, register_extractor
     from teacache_fx.hook import TeaCacheHook, apply_teacache_hook, remove_teacache_hook
     from teacache_fx.policy import StepReason
@@ -40,6 +41,7 @@ __all__ = [
     "get_cache_backend",
     "register_extractor",
     "remove_teacache_hook",
+    "rewrite",
     "session",
     "teacache_backend",
 ]
@@ -50,6 +52,7 @@ _HOMES = {
     "contexts": ("cache_context", "session"),
     "errors": ("Declined", "DeclineReason", "TeaCacheWarning"),
     "explanation": ("explain",),
+    "export": ("rewrite",),
     "extractors": ("CacheContext", "register_extractor"),
     "hook": ("TeaCacheHook", "apply_teacache_hook", "remove_teacache_hook"),
     "policy": ("StepReason",),

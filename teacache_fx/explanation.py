@@ -13,8 +13,8 @@ from teacache_fx.capture import CaptureSite, capture_site
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.contexts import original
 from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
+from teacache_fx.pipeline import Pipeline
 from teacache_fx.report import RewriteReport
-from teacache_fx.rewrite import Pipeline
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:

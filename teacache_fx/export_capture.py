@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from teacache_fx.call_layout import CallLayout
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.exported import graph_of
+from teacache_fx.pipeline import Pipeline
 from teacache_fx.plan import CachePlan
-from teacache_fx.rewrite import Pipeline
 from teacache_fx.runtime import StateShapes
 from teacache_fx.signature import CacheSignature
 
@@ -136,17 +136,30 @@ def capture(
 
 
 def _exported(model: nn.Module, arguments: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    """Exports by tracing, or where that fails by analysing the code: tables that a forward writes need the latter."""
     refusals = []
-    for strict in (False, True):
+    for way in (contextlib.nullcontext(), _data_is_traced()):
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot export
-                return torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=strict)
+            with way, contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot export
+                return torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:  # whatever torch.export raises is its way of refusing
             refusals.append(error)
     cause = str(refusals[0]).strip().split("\n")[0]
     detail = f"{type(refusals[0]).__name__}: {cause}"
     raise Declined(DeclineReason.NOT_EXPORTABLE, detail) from refusals[0]
+
+
+@contextlib.contextmanager
+def _data_is_traced() -> Iterator[None]:
+    """Lets `tensor.data` be seen by a tracer, which `tensor.detach()` is and does the same.
+
+    Some models write their position tables through `.data`: torch.export then finds a tensor that it knows nothing of.
+    """
+    plain = torch._C.TensorBase.data  # type: ignore[attr-defined]
+    torch.Tensor.data = property(lambda tensor: tensor.detach(), plain.__set__)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        del torch.Tensor.data
 
 
 def _by_name(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from teacache_fx.errors import Declined, DeclineReason, TeaCacheWarning
 from teacache_fx.explanation import explained
 from teacache_fx.extractors import has_extractor
 from teacache_fx.flops import is_matmul
+from teacache_fx.pipeline import Pipeline
 from teacache_fx.report import RewriteReport
-from teacache_fx.rewrite import Pipeline
 from teacache_fx.runtime import CachedGraph
 from teacache_fx.state import TeaCacheState
 from teacache_fx.stats import CacheStats, collect

@@ -6,8 +6,8 @@ from torch import fx
 
 from teacache_fx.canonical import Words
 from teacache_fx.graph import fake_value
+from teacache_fx.pipeline import RewrittenGraph
 from teacache_fx.plan import CachePlan
-from teacache_fx.rewrite import RewrittenGraph
 
 _BRANCHES = ("run_blocks", "reuse_residual")
 

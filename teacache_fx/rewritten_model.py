@@ -25,7 +25,7 @@ _OWN = (STATE, RESET, CONTEXT)
 
 
 class RewrittenModel(nn.Module):
-    """Runs one denoising step as the model would, with TeaCache. Made by `teacache_fx.rewrite`.
+    """Runs one denoising step as the model would, with TeaCache. Made by `teacache_fx.pipeline`.
 
     Takes and returns what the model does. Parameters and buffers are the model's own tensors, under their own names.
 

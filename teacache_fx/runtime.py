@@ -14,8 +14,8 @@ from teacache_fx.advice import NEW_CONDITIONING
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.errors import TeaCacheWarning
 from teacache_fx.graph import fake_value, is_user_input, is_weight
+from teacache_fx.pipeline import RewrittenGraph
 from teacache_fx.policy import PolicyState
-from teacache_fx.rewrite import RewrittenGraph
 from teacache_fx.signature import CacheSignature
 from teacache_fx.state import Memory, TeaCacheState
 from teacache_fx.store import StateStore

@@ -21,8 +21,8 @@ from teacache_fx.exported import load_graph
 from teacache_fx.folding import canonical_graph
 from teacache_fx.forwards import with_own_code
 from teacache_fx.graph_backend import GraphBackend
+from teacache_fx.pipeline import Pipeline
 from teacache_fx.plan_text import plan_lines, state_lines
-from teacache_fx.rewrite import Pipeline
 from teacache_fx.whole_call import current_call
 
 FORMAT = 1

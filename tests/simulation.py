@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from teacache_fx.config import Accumulation, ResolvedConfig, TeaCacheConfig
+from teacache_fx.pipeline import policy_of
 from teacache_fx.policy import Decision, Evidence, Policy, PolicyState, StepReason
-from teacache_fx.rewrite import policy_of
 
 NAN, INF = math.nan, math.inf
 

@@ -38,7 +38,7 @@ LEVELS = (
         "passes.partition_graph", "passes.read_extractor",
     },
     {"passes"},
-    {"rewrite"},
+    {"pipeline"},
     {"plan_text", "runtime", "explanation"},
     {"export_capture", "graph_backend"},
     {"hook", "rewritten_model"},
@@ -124,7 +124,8 @@ def test_public_names() -> None:
     assert set(teacache_fx.__all__) == {
         "CacheContext", "CacheStats", "DeclineReason", "Declined", "RewriteReport", "StepReason", "TeaCacheBackend",
         "TeaCacheConfig", "TeaCacheHook", "TeaCacheState", "TeaCacheWarning", "apply_teacache_hook", "cache_context",
-        "explain", "get_cache_backend", "register_extractor", "remove_teacache_hook", "session", "teacache_backend",
+        "explain", "get_cache_backend", "register_extractor", "remove_teacache_hook", "rewrite", "session",
+        "teacache_backend",
     }  # fmt: skip
     for name in teacache_fx.__all__:
         assert getattr(teacache_fx, name).__doc__

@@ -13,7 +13,7 @@ from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import VerificationError
 from teacache_fx.graph import op_name, written_arguments
 from teacache_fx.passes.verify import verify
-from teacache_fx.rewrite import Pipeline
+from teacache_fx.pipeline import Pipeline
 from tests import toys
 from tests.passes.capture import CONFIG, on_capture
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from teacache_fx import Declined, DeclineReason, TeaCacheBackend, TeaCacheWarning
+from teacache_fx.pipeline import Pipeline
 from teacache_fx.render import render
-from teacache_fx.rewrite import Pipeline
 from tests import toys
 from tests.passes.capture import CONFIG, on_capture
 

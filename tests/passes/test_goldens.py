@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 
 from teacache_fx.passes import PIPELINE
+from teacache_fx.pipeline import Pipeline
 from teacache_fx.plan import CachePlan
 from teacache_fx.render import render
 from teacache_fx.report import RewriteReport
-from teacache_fx.rewrite import Pipeline
 from tests import toys
 from tests.conftest import GOLDENS
 from tests.passes.capture import CONFIG, on_capture
