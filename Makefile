@@ -25,7 +25,7 @@ test: venv ## Run the tests
 	$(BIN)/python -m pytest -n 2
 
 goldens: venv ## Rewrite the golden texts of the passes; read the diff before you commit it
-	$(BIN)/python -m pytest tests/passes/test_goldens.py --update-goldens
+	$(BIN)/python -m pytest tests/passes/test_goldens.py tests/models --update-goldens
 
 types: venv ## Check types strictly; mypy cannot read the ordinary editable install, so it is put back afterwards
 	$(BIN)/python -m pip install --quiet --no-deps -e . --config-settings editable_mode=strict

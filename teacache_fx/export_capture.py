@@ -18,6 +18,7 @@ from teacache_fx.call_layout import CallLayout
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.exported import graph_of
+from teacache_fx.graph import op_name
 from teacache_fx.pipeline import Pipeline
 from teacache_fx.plan import CachePlan
 from teacache_fx.runtime import StateShapes
@@ -126,7 +127,7 @@ def capture(
         model(**arguments)  # some models build tables at their first call, which torch.export could not capture
         program = _exported(model, arguments, dynamic_shapes)
         pipeline = Pipeline(graph_of(program))
-        pipeline.analyse()
+        _check_blocks(pipeline.original, pipeline.analyse())
         rewritten = pipeline.rewrite(resolved, is_portable)
     layout = CallLayout(signature, arguments, program.call_spec.out_spec)
     weights = [str(spec.target) for spec in program.graph_signature.input_specs if spec.kind in _WEIGHTS]
@@ -146,6 +147,14 @@ def _exported(model: nn.Module, arguments: dict[str, Any], dynamic_shapes: Any) 
     cause = str(refusals[0]).strip().split("\n")[0]
     detail = f"{type(refusals[0]).__name__}: {cause}"
     raise Declined(DeclineReason.NOT_EXPORTABLE, detail) from refusals[0]
+
+
+def _check_blocks(gm: fx.GraphModule, plan: CachePlan) -> None:
+    """flex_attention in a branch can be traced again, but the mask that comes out of it cannot be run (torch 2.13)."""
+    blocks = set(plan.partition.blocks)
+    for node in gm.graph.nodes:
+        if node.name in blocks and op_name(node) == "flex_attention":
+            raise Declined(DeclineReason.NOT_EXPORTABLE, "flex_attention inside a branch of a cond", node.name)
 
 
 @contextlib.contextmanager

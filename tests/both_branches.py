@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,20 @@ def measure(
         inputs: keyword arguments of one step.
         moved: the same with slightly different latents.
     """
+    branches = compare(model, cached, inputs, moved)
+    skipped = [step.skipped for context in backend.stats().contexts for step in context.steps]
+    return dataclasses.replace(branches, skipped=tuple(skipped))
+
+
+def compare(
+    model: Callable[..., Any], cached: Callable[..., Any], inputs: dict[str, Any], moved: dict[str, Any]
+) -> BothBranches:
+    """The same of whatever holds the cache; what was skipped is for the caller to know."""
     with torch.no_grad():
         expected = tensors(model(**inputs))
         computed, repeated, other = (tensors(cached(**step)) for step in (inputs, inputs, moved))
-    skipped = [step.skipped for context in backend.stats().contexts for step in context.steps]
-    return BothBranches(
-        tuple(skipped), _distance(computed, expected), _distance(repeated, computed), _distance(other, repeated)
-    )
+    errors = _distance(computed, expected), _distance(repeated, computed)
+    return BothBranches((), *errors, _distance(other, repeated))
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from teacache_fx import Declined, DeclineReason, TeaCacheBackend, apply_teacache_hook
+from teacache_fx import (
+    Declined,
+    DeclineReason,
+    StepReason,
+    TeaCacheBackend,
+    TeaCacheConfig,
+    apply_teacache_hook,
+    rewrite,
+)
 from teacache_fx.plan import CachePlan
 from teacache_fx.report import RewriteReport
-from tests.both_branches import ALWAYS_SKIP, BothBranches, measure
+from tests.both_branches import ALWAYS_SKIP, BothBranches, compare, measure
 from tests.zoo import ZOO, Entry, assemble, move_latents
 
+_ALWAYS_SKIP = TeaCacheConfig(rel_l1_thresh=ALWAYS_SKIP, coefficients=(1.0, 0.0))
 WAYS = ("compile", "enable")
 """`torch.compile` with our backend, and the hook that `backend.enable` applies, which captures more."""
 
@@ -32,7 +41,7 @@ class Row:
         plan: what was found, or `None` if declined.
         declined: why it was declined, or `None`.
         branches: three steps with the cache, a declined model's included: it must run as if there were none.
-        export: "yes", or why `torch.export` does not take the model.
+        export: "yes", or why the rewritten model cannot be exported.
     """
 
     name: str
@@ -57,14 +66,34 @@ def examine(name: str) -> Row:
 
 
 def export_of(entry: Entry) -> str:
-    """Whether `torch.export` takes the unmodified model: "yes", or the error that it raises."""
+    """Whether torch.export takes the rewritten model and the cache is alive in it: "yes", or why not.
+
+    Raises:
+        AssertionError: it is exported, and does something else than the model.
+    """
     model, inputs = _fresh(entry)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot export
-            torch.export.export(model, (), inputs, strict=False)
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot export
+            program = torch.export.export(rewrite(model, config=_ALWAYS_SKIP), (), inputs)
+    except Declined as refusal:
+        return f"no: {refusal.detail if refusal.reason is DeclineReason.NOT_EXPORTABLE else refusal.reason.value}"
     except Exception as error:  # whatever torch.export raises is the result
         cause = re.split(r"(?<=\w)\.\s|\n", str(error))[0].rstrip(".")
         return f"no: {type(error).__name__}: {cause}"
+    module = program.module()
+    plain, _ = assemble(entry)
+    reasons = []
+
+    def step(**inputs: Any) -> Any:
+        output = module(**inputs)
+        reasons.append(int(module.teacache.reason))  # type: ignore[union-attr, arg-type]
+        return output
+
+    branches = compare(plain, step, inputs, move_latents(entry, inputs))
+    assert reasons == [StepReason.FIRST, StepReason.SKIPPED, StepReason.SKIPPED]
+    assert branches.computed_error == 0
+    assert branches.reuse_error <= 1e-5
+    assert branches.change > 1e-4
     return "yes"
 
 
