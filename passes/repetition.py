@@ -57,7 +57,7 @@ def blocks_by_repetition(flow: Dataflow, dependent: set[fx.Node]) -> list[Blocks
         run = _longest_run(words, start, stop)
         if run is not None:
             elements = tuple(tuple(nodes[begin:end]) for begin, end in itertools.pairwise(_boundaries(run, gaps)))
-            path = _common_path([node for element in elements for node in element])
+            path = _common_path(elements[0])
             one_by_one = all(itertools.starmap(_follows, itertools.pairwise(elements)))
             if one_by_one and not _is_plain(elements[0], dependent):
                 found.append(Blocks(path, elements, (module_class(elements[0][0], path),) * len(elements)))
