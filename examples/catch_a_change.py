@@ -6,6 +6,8 @@ from overflowing. The weights, the shapes and the outputs of the tests stay the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import FeedForward
@@ -15,7 +17,7 @@ from teacache_fx.graph_diff import compare
 from teacache_fx.snapshot import take_snapshot
 
 
-def make() -> tuple[PixArtTransformer2DModel, dict[str, Tensor]]:
+def make() -> tuple[PixArtTransformer2DModel, dict[str, Any]]:
     """A small model and the arguments of one step."""
     torch.manual_seed(0)
     model = PixArtTransformer2DModel(

@@ -200,7 +200,7 @@ class Words:
         sources = {block: self._sources(block) for block in blocks}
         users = Counter((block.path, source) for block in blocks for source in sources[block])
         for block in blocks:
-            taken = []
+            taken: list[tuple[str, int, Source]] = []
             for source, kind in sources[block].items():
                 home = self._home.get(source[0])
                 if users[block.path, source] == 1 or (home is not None and home.block):
@@ -209,7 +209,7 @@ class Words:
 
     def _sources(self, block: Segment) -> dict[Source, str]:
         """The values that a block takes from elsewhere, in order of use, each with its kind."""
-        sources = {}
+        sources: dict[Source, str] = {}
         for node in block.nodes:
             for argument in node.all_input_nodes:
                 base, picks = self._base(argument)

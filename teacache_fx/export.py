@@ -82,5 +82,6 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             f"model is a compiled {type(original(model)).__name__}: rewrite the model as it was, and compile the result"
         )
-    if getattr(model, "_diffusers_hook", None) is not None and model._diffusers_hook.hooks:
+    registry: Any = getattr(model, "_diffusers_hook", None)
+    if registry is not None and registry.hooks:
         raise ValueError(f"model is a {type(model).__name__} with diffusers hooks: take them off before")

@@ -163,12 +163,12 @@ def _data_is_traced() -> Iterator[None]:
 
     Some models write their position tables through `.data`: torch.export then finds a tensor that it knows nothing of.
     """
-    plain = torch._C.TensorBase.data  # type: ignore[attr-defined]
-    torch.Tensor.data = property(lambda tensor: tensor.detach(), plain.__set__)  # type: ignore[assignment, misc]
+    plain: Any = torch._C.TensorBase.data
+    setattr(torch.Tensor, "data", property(lambda tensor: tensor.detach(), plain.__set__))  # noqa: B010 - for mypy
     try:
         yield
     finally:
-        del torch.Tensor.data
+        delattr(torch.Tensor, "data")
 
 
 def _by_name(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

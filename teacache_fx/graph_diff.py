@@ -115,7 +115,7 @@ def _pairs(old: list[Line], new: list[Line]) -> Iterator[tuple[Line | None, Line
 
     Equal lines hold the alignment; between them, lines of the same name belong together.
     """
-    for left, right in _stretches(old, new, [line.text for line in old], [line.text for line in new]):
+    for left, right in _stretches(old, new):
         old_part, new_part = old[left], new[right]
         names = [line.name for line in old_part], [line.name for line in new_part]
         matcher = difflib.SequenceMatcher(None, *names, autojunk=False)
@@ -128,8 +128,8 @@ def _pairs(old: list[Line], new: list[Line]) -> Iterator[tuple[Line | None, Line
                 yield None, new[position], new[position - 1] if position else None
 
 
-def _stretches(old: list[Line], new: list[Line], *texts: list[str]) -> Iterator[tuple[slice, slice]]:
-    matcher = difflib.SequenceMatcher(None, *texts, autojunk=False)
+def _stretches(old: list[Line], new: list[Line]) -> Iterator[tuple[slice, slice]]:
+    matcher = difflib.SequenceMatcher(None, [line.text for line in old], [line.text for line in new], autojunk=False)
     for tag, i, i_end, j, j_end in matcher.get_opcodes():
         if tag != "equal":
             yield slice(i, i_end), slice(j, j_end)

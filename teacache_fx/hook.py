@@ -58,8 +58,9 @@ class TeaCacheHook(ListeningHook):
         self._opaque: list[OpaqueModule] = []
         self._has_rewritten = False
 
-    _shared = ("backends", "backend", "config", "extractor_fn", "_capture", "_compiled", "_reader")
-    _shared += ("_opaque", "_has_rewritten")
+    _shared = (
+        "backends", "backend", "config", "extractor_fn", "_capture", "_compiled", "_reader", "_opaque", "_has_rewritten"
+    )  # fmt: skip
 
     def rescale_func(self, rel_l1: Tensor) -> Tensor:
         """The polynomial by which the relative L1 distance is rescaled; a tensor or a number of any shape."""

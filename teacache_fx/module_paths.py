@@ -17,7 +17,7 @@ class BlockOwner(NamedTuple):
     """An element of a list of modules: path of the list, index in it, class name of the element."""
 
     path: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody asks for
     class_name: str
 
 

@@ -151,7 +151,7 @@ class RewrittenModel(nn.Module):
         """As of any module. torch.export asks for it first of all, which is when a model without inputs is captured."""
         if not self._captured and (call := _arguments_of_export(self)) is not None:
             self.capture(*call)
-        return super().named_modules(*args, **kwargs)
+        yield from super().named_modules(*args, **kwargs)
 
 
 def with_signature_of(model: nn.Module) -> type[RewrittenModel]:

@@ -40,6 +40,7 @@ def with_known_slices(gm: fx.GraphModule) -> fx.GraphModule:
         return gm
     copy = copy_graph_module(gm)
     mode = fake_mode_of(copy.graph)
+    assert mode.shape_env is not None, "a size is symbolic"
     with mode, mode.shape_env.ignore_fresh_unbacked_symbols():
         is_changed = _tell_sizes(copy.graph)
     copy.recompile()
@@ -49,7 +50,7 @@ def with_known_slices(gm: fx.GraphModule) -> fx.GraphModule:
 def _tell_sizes(graph: fx.Graph) -> bool:
     changed, checked = set[fx.Node](), set[Any]()
     for node in list(graph.nodes):
-        if is_assertion(node) and fake_value(node.args[0]) is True:  # type: ignore[arg-type]
+        if is_assertion(node) and fake_value(node.args[0]) is True:
             graph.erase_node(node)  # torch has asserted of an open size what is known now
             continue
         is_changed = bool(changed.intersection(node.all_input_nodes))
@@ -93,10 +94,12 @@ def _items(node: fx.Node) -> list[slice]:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return list(index) if all(isinstance(item, slice) for item in index) else []  # type: ignore[arg-type]
     if node.target is torch.ops.aten.slice.Tensor:
-        dimension, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+        given: list[Any] = list(node.args[1:])
+        given += [0, None, None, 1][len(given) :]
+        dimension, start, stop, step = given
         is_to_end = isinstance(stop, int) and stop >= _TO_END
         item = slice(None if start == 0 else start, None if is_to_end else stop, None if step == 1 else step)
-        return [slice(None)] * (int(dimension) % tensor_of(node).ndim) + [item]  # type: ignore[call-overload]
+        return [slice(None)] * (dimension % tensor_of(node).ndim) + [item]
     return []
 
 

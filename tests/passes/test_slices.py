@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,5 +104,5 @@ def test_graphs_without_such_slices_are_not_copied() -> None:
 
 def _open(gm: torch.fx.GraphModule) -> set[str]:
     sliced = [node for node in gm.graph.nodes if op_name(node) == "getitem" and isinstance(node.args[1], tuple)]
-    sizes = [size for node in sliced for size in tensor_of(node).shape if is_unbacked(size)]
+    sizes: list[Any] = [size for node in sliced for size in tensor_of(node).shape if is_unbacked(size)]
     return {str(symbol) for size in sizes for symbol in size.node.expr.free_symbols}

@@ -41,7 +41,7 @@ class Row:
         plan: what was found, or `None` if declined.
         declined: why it was declined, or `None`.
         branches: three steps with the cache, a declined model's included: it must run as if there were none.
-        export: "yes", or why the rewritten model cannot be exported.
+        export: "yes", or why the rewritten model cannot be exported; empty if it was declined.
     """
 
     name: str
@@ -62,7 +62,8 @@ def examine(name: str) -> Row:
         if plan is not None:
             break
     declined = _reason(reports) if plan is None else None
-    return Row(name, entry["class"].rsplit(".", 1)[1], way, plan, declined, branches, export_of(entry))
+    export = export_of(entry) if plan is not None else ""
+    return Row(name, entry["class"].rsplit(".", 1)[1], way, plan, declined, branches, export)
 
 
 def export_of(entry: Entry) -> str:

@@ -48,15 +48,15 @@ _DECLINED = """
 Such a model runs as if there were no cache; that is verified likewise. The reason is that of the largest captured graph
 under `enable`, or of the largest one that a graph break has cut off.
 
-| entry | model | reason | `torch.export` |
-|---|---|---|---|
+| entry | model | reason |
+|---|---|---|
 """
 
 
 def line_of(row: Row) -> str:
     """The row as a line of its table."""
-    cells = _facts(row, row.plan) if row.plan is not None else (_refusal(row),)
-    cells = (f"`{row.name}`", row.model, *cells, row.export)
+    cells = (*_facts(row, row.plan), row.export) if row.plan is not None else (_refusal(row),)
+    cells = (f"`{row.name}`", row.model, *cells)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

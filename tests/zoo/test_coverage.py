@@ -12,7 +12,7 @@ from tests.zoo.coverage import Row, examine
 from tests.zoo.table import entry_of, line_of, render_page
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text(encoding="utf-8")
-FEWEST_REWRITTEN = 59
+FEWEST_REWRITTEN = 60
 
 # Models that no cache of this kind can serve.
 UNSERVED = {
