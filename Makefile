@@ -48,6 +48,7 @@ bench: venv ## Measure compile time and the cost of each kind of step
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.call_overhead
+	$(BIN)/python -m benchmarks.scaling
 
 train: venv ## Train the demo's model anew (about an hour on 2 cores); resumes after an interruption
 	$(BIN)/python -m examples.train_tiny_flux --out out/train

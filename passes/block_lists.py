@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from teacache_fx.dataflow import Dataflow
-from teacache_fx.flops import approximate, is_matmul, total_flops
+from teacache_fx.flops import captured_flops, is_matmul
 from teacache_fx.graph import fake_tensors, op_name, printed_shape
 from teacache_fx.module_paths import BlockOwner, block_of
 from teacache_fx.plan import BlockList
@@ -38,9 +38,9 @@ class Blocks:
         return [node for element in self.elements for node in element]
 
     @property
-    def work(self) -> float:
+    def work(self) -> int:
         """FLOPs of all blocks, at the captured sizes."""
-        return approximate(total_flops(self.nodes))
+        return captured_flops(self.nodes)
 
     def describe(self) -> BlockList:
         """The list as a fact for the plan."""

@@ -10,7 +10,7 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.flops import approximate, is_matmul, total_flops
+from teacache_fx.flops import captured_flops, is_matmul
 from teacache_fx.graph import op_name
 from teacache_fx.module_paths import block_of, numbered_block_of
 from teacache_fx.passes.base import PassContext
@@ -149,7 +149,7 @@ def _chains(flow: Dataflow, dependent: set[fx.Node]) -> list[Blocks]:
 
     A list of refiners may stand before blocks that are no list.
     """
-    total = approximate(total_flops(dependent))
+    total = captured_flops(dependent)
     chains: list[Blocks] = []
     for find in (_listed, _numbered, blocks_by_repetition):
         if 2 * _work(chains) < total or not chains:

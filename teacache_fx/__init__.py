@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from teacache_fx.select import get_cache_backend
     from teacache_fx.state import TeaCacheState
     from teacache_fx.stats import CacheStats
+    from teacache_fx.verification import verify_export
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "rewrite",
     "session",
     "teacache_backend",
+    "verify_export",
 ]
 
 _HOMES = {
@@ -60,6 +62,7 @@ _HOMES = {
     "select": ("get_cache_backend",),
     "state": ("TeaCacheState",),
     "stats": ("CacheStats",),
+    "verification": ("verify_export",),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `teacache-fx snapshot`, `diff` and `explain`."""
+"""The command line: `teacache-fx snapshot`, `diff`, `explain` and `verify`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-_TARGET = "module:factory, where factory() returns (model, kwargs) or (model, args, kwargs) of one step; or a .pt2 file"
+_FACTORY = "module:factory, where factory() returns (model, kwargs) or (model, args, kwargs) of one step"
+_TARGET = f"{_FACTORY}; or a .pt2 file"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; `None` for those of the process.
 
     Returns:
-        exit status: 0, or 1 where `diff` finds a difference or `explain` a model that is declined, or 2 for bad input.
+        exit status: 0, or 1 where `diff` or `verify` finds a difference or `explain` a model that is declined, or 2 for
+        bad input.
     """
     arguments = _parser().parse_args(argv)
     from teacache_fx.targets import TargetError  # torch takes seconds to import; --help does without
@@ -51,7 +53,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("target", metavar="TARGET", help=_TARGET)
     explain.set_defaults(run=_explain)
+    _add_verify(commands)
     return parser
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verify = commands.add_parser(
+        "verify", help="run an exported program against its model, step by step; exit status 1 if they differ"
+    )
+    verify.add_argument("program", metavar="PROGRAM", help="a .pt2 of torch.export or AOTInductor, or an .onnx file")
+    verify.add_argument("target", metavar="TARGET", help=_FACTORY)
+    verify.add_argument("--thresh", type=float, metavar="X", help="rel_l1_thresh that was exported")
+    verify.add_argument("--coefficients", type=_numbers, metavar="A,B,...", help="likewise, highest power first")
+    verify.add_argument("--warmup-steps", type=int, metavar="N", help="num_warmup_steps, likewise")
+    verify.add_argument("--tolerance", type=float, metavar="X", help="how far outputs may differ, relatively")
+    verify.set_defaults(run=_verify)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
 
 
 def _snapshot(arguments: argparse.Namespace) -> int:
@@ -91,6 +111,31 @@ def _explain(arguments: argparse.Namespace) -> int:
         report = explain(model, *args, **kwargs)
     print(report)
     return 0 if report.is_rewritten else 1
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from teacache_fx.config import TeaCacheConfig
+    from teacache_fx.errors import Declined
+    from teacache_fx.targets import TargetError, load_model
+    from teacache_fx.verification import verify_export
+    from teacache_fx.verified_steps import ExportError
+
+    given = {
+        "rel_l1_thresh": arguments.thresh,
+        "coefficients": arguments.coefficients,
+        "num_warmup_steps": arguments.warmup_steps,
+    }
+    model, args, kwargs = load_model(arguments.target)
+    try:
+        config = TeaCacheConfig(**{name: value for name, value in given.items() if value is not None})
+        found = verify_export(arguments.program, model, args, kwargs, config=config, tolerance=arguments.tolerance)
+    except ExportError as error:
+        print(error)
+        return 1
+    except (OSError, TypeError, ValueError, ImportError, Declined) as error:
+        raise TargetError(str(error)) from error
+    print(found)
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from teacache_fx.flops import flops
-from teacache_fx.graph import fake_tensors, is_weight
+from teacache_fx.graph import fake_tensors, is_weight, op_name
+from teacache_fx.opaque import opaque_module
 from teacache_fx.size_names import Count, SizeName, SizeNames, add, value_at
 
 
@@ -111,7 +112,9 @@ def measure(
     for nodes in parts:
         taken = dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
         read = (source for source in taken if source in weights or source.op == "get_attr")
-        costs.append(PartCosts(_written(names, map(flops, nodes)), _written(names, map(_num_bytes, read))))
+        opaque = {node.args[1]: node for node in nodes if op_name(node) == "call_module"}.values()
+        weight_bytes = [*map(_num_bytes, read), *map(_opaque_bytes, opaque)]
+        costs.append(PartCosts(_written(names, map(flops, nodes)), _written(names, weight_bytes)))
     state_bytes = _written(names, map(_num_bytes, state))
     counts = [count for part in costs for count in (part.flops, part.weight_bytes)]
     prologue, blocks, epilogue = costs
@@ -128,6 +131,12 @@ def _written(names: SizeNames, counts: Iterable[Any]) -> Count:
         else:
             certain += count
     return add(certain, *(number * names.write(examples[term]) for term, number in terms.items()))
+
+
+def _opaque_bytes(node: fx.Node) -> int:
+    """Of the weights that an opaque module holds, which are no inputs of the graph."""
+    module = opaque_module(int(node.args[1]))  # type: ignore[arg-type]
+    return module.weight_bytes if module is not None else 0
 
 
 def _num_bytes(node: fx.Node) -> Any:

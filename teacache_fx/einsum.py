@@ -21,18 +21,20 @@ def einsum_flops(equation: str, shapes: Sequence[Sequence[Any]]) -> Any:
     """
     left, arrow, right = equation.replace(" ", "").partition("->")
     subscripts = [_labels(part, len(shape)) for part, shape in zip(left.split(","), shapes, strict=True)]
-    sizes: dict[str, Any] = {}
-    for labels, shape in zip(subscripts, shapes, strict=True):
-        for label, size in zip(labels, shape, strict=True):
-            if label not in sizes or not isinstance(size, int) or size != 1:  # of length 1 are broadcast dimensions
-                sizes[label] = size
-    broadcast = [label for label in sizes if label.startswith(".")]
-    once = [label for label in sizes if sum(labels.count(label) for labels in subscripts) == 1]
+    # An operand with one element along a dimension is broadcast: the others' elements are added up before the product.
+    long = [
+        {label: size for label, size in zip(labels, shape, strict=True) if not isinstance(size, int) or size != 1}
+        for labels, shape in zip(subscripts, shapes, strict=True)
+    ]
+    sizes = {label: size for part in long for label, size in part.items()}
+    every = dict.fromkeys(label for part in subscripts for label in part)
+    broadcast = [label for label in every if label.startswith(".")]
+    once = [label for label in every if sum(part.count(label) for part in subscripts) == 1]
     kept = set(_labels(right, len(right.replace("...", "")) + len(broadcast)) if arrow else [*broadcast, *once])
     count: Any = 0
-    current, *others = map(set, subscripts)
+    current, *others = map(set, long)
     for position, following in enumerate(others, 1):
-        later = kept.union(*subscripts[position + 1 :])
+        later = kept.union(*long[position + 1 :])
         involved = (current & (following | later)) | (following & (current | later))
         if not involved <= later:
             count = count + 2 * math.prod(sizes[label] for label in involved)

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from teacache_fx.einsum import einsum_flops
 from teacache_fx.graph import fake_tensors, op_name
-from teacache_fx.opaque import opaque_flops
+from teacache_fx.opaque import opaque_module
+from teacache_fx.sizes import UNKNOWN_SIZE, Size, captured
 
 
 def is_matmul(node: fx.Node) -> bool:
@@ -26,36 +26,37 @@ def is_matmul(node: fx.Node) -> bool:
 
 def flops(node: fx.Node) -> Any:
     """Floating-point operations of one node: an int, or symbolic; 0 for what is not a matrix product."""
+    return _count(node, lambda size: size)
+
+
+def captured_flops(nodes: Iterable[fx.Node]) -> int:
+    """The same of several nodes as a number, with sizes as at capture, or 64; reckoned without symbols, since it is
+    only compared with others of its kind.
+    """
+    return sum(_count(node, _captured) for node in nodes)
+
+
+def _captured(size: Size) -> int:
+    number = captured(size)
+    return UNKNOWN_SIZE if number is None else number
+
+
+def _count(node: fx.Node, size: Callable[[Any], Any]) -> Any:
     formula = _FORMULAS.get(op_name(node))
     if formula is None or not fake_tensors(node):
         return 0
     try:
-        return formula(_Call(node))
+        return formula(_Call(node, size))
     except (IndexError, KeyError, TypeError, ValueError):  # called in a way that torch allows and we do not know
         return 0
 
 
-def approximate(count: Any) -> float:
-    """A number for a count that may be symbolic, without putting a guard on it: sizes are as at capture, or 64."""
-    if not isinstance(count, torch.SymInt):
-        return float(count)
-    hint = getattr(count.node, "hint", None)
-    if isinstance(hint, int):
-        return float(hint)
-    return float(count.node.expr.subs(dict.fromkeys(count.node.expr.free_symbols, 64)))
-
-
-def total_flops(nodes: Iterable[fx.Node]) -> Any:
-    """Sum over the nodes."""
-    return sum(flops(node) for node in nodes)
-
-
 class _Call:
-    """Sizes of what a node takes and gives."""
+    """Sizes of what a node takes and gives, each as `size` makes it."""
 
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-        self.out: torch.Size = fake_tensors(node)[0].shape
+    def __init__(self, node: fx.Node, size: Callable[[Any], Any]) -> None:
+        self.node, self._size = node, size
+        self.out = tuple(map(size, fake_tensors(node)[0].shape))
 
     def argument(self, position: int, name: str = "") -> Any:
         """An argument as the node has it.
@@ -65,21 +66,20 @@ class _Call:
         """
         return self.node.args[position] if position < len(self.node.args) else self.node.kwargs[name]
 
-    def shape(self, position: int, name: str = "") -> torch.Size:
+    def shape(self, position: int, name: str = "") -> tuple[Any, ...]:
         """Sizes of a tensor argument."""
-        return shape_of(self.argument(position, name))
+        return self.shape_of(self.argument(position, name))
 
+    def shape_of(self, argument: Any) -> tuple[Any, ...]:
+        """Sizes of the tensor that a node yields.
 
-def shape_of(argument: Any) -> torch.Size:
-    """Sizes of the tensor that a node yields.
-
-    Raises:
-        TypeError: the argument is no node.
-        IndexError: it yields no tensor.
-    """
-    if not isinstance(argument, fx.Node):
-        raise TypeError(f"a tensor must be a node, got {type(argument).__name__}")
-    return fake_tensors(argument)[0].shape
+        Raises:
+            TypeError: the argument is no node.
+            IndexError: it yields no tensor.
+        """
+        if not isinstance(argument, fx.Node):
+            raise TypeError(f"a tensor must be a node, got {type(argument).__name__}")
+        return tuple(map(self._size, fake_tensors(argument)[0].shape))
 
 
 def _matmul(call: _Call) -> Any:
@@ -101,16 +101,21 @@ def _added_batches(call: _Call) -> Any:
 
 
 def _tensordot(call: _Call) -> Any:
-    left, dims = call.shape(0, "a"), call.node.kwargs.get("dims", call.node.args[2] if len(call.node.args) > 2 else 2)
-    contracted = left[len(left) - dims :] if isinstance(dims, int) else [left[dim] for dim in dims[0]]
+    """`dims` is a number or two lists; aten takes the two lists as two arguments."""
+    left = call.shape(0, "a")
+    dims: Any = call.node.kwargs.get("dims", call.node.args[2] if len(call.node.args) > 2 else 2)
+    if not isinstance(dims, int):
+        dims = dims[0] if isinstance(dims[0], (list, tuple)) else dims
+    contracted = left[len(left) - dims :] if isinstance(dims, int) else [left[dim] for dim in dims]
     return 2 * math.prod(call.out) * math.prod(contracted)
 
 
 def _einsum(call: _Call) -> Any:
-    equation, *operands = call.node.args
+    operands: list[Any] = list(call.node.args)
+    equation = operands.pop(0)
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    return einsum_flops(str(equation), [shape_of(operand) for operand in operands])
+    return einsum_flops(str(equation), [call.shape_of(operand) for operand in operands])
 
 
 def _convolution(call: _Call) -> Any:
@@ -146,7 +151,9 @@ def _encoder_layer(call: _Call) -> Any:
 
 
 def _opaque_module(call: _Call) -> Any:
-    return opaque_flops(int(call.argument(1)))
+    """As counted when the model was called to find out what breaks its graph."""
+    module = opaque_module(int(call.argument(1)))
+    return module.flops if module is not None else 0
 
 
 _FORMULAS: dict[str, Callable[[_Call], Any]] = {

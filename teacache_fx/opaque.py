@@ -27,6 +27,7 @@ class OpaqueModule:
     Attributes:
         handle: what the operation in the graph calls it by.
         flops: floating-point operations of one call, as counted by torch's counter.
+        weight_bytes: bytes of the module's parameters and buffers.
     """
 
     _handles = itertools.count()
@@ -36,6 +37,7 @@ class OpaqueModule:
         self.run: Callable[[Tensor], Tensor] = module.forward
         self.handle, self.flops = next(self._handles), flops
         handle = self.handle
+        self.weight_bytes = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
         def forward(hidden_states: Tensor) -> Tensor:
             result: Tensor = call_module(hidden_states, handle)
@@ -69,10 +71,9 @@ def _(hidden_states: Tensor, handle: int) -> Tensor:  # noqa: ARG001
     return torch.empty_like(hidden_states)
 
 
-def opaque_flops(handle: int) -> int:
-    """Floating-point operations of one call of an opaque module; 0 once it is gone."""
-    module = _installed.get(handle)
-    return module.flops if module is not None else 0
+def opaque_module(handle: int) -> OpaqueModule | None:
+    """The opaque module that the operation with this handle runs; `None` once it is gone."""
+    return _installed.get(handle)
 
 
 def breaking_modules(model: nn.Module, breaks: Iterable[GraphBreak]) -> list[nn.Module]:

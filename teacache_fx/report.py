@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from teacache_fx.config import ResolvedConfig
 from teacache_fx.costs import PARTS
 from teacache_fx.errors import Declined
 from teacache_fx.plan import CachePlan
+
+Row: TypeAlias = tuple[str, str]
+"""What is told, and what of it."""
 
 
 @dataclass(frozen=True)
@@ -39,49 +43,69 @@ class RewriteReport:
         head = f"{self.model} ({self.num_nodes} nodes)"
         if self.plan is None:
             return f"{head}: declined, runs uncached\n  {self.declined}"
-        return "\n".join([f"{head}: TeaCache inserted", *(f"  {key:<18}{text}" for key, text in self._rows(self.plan))])
+        lines = [f"{head}: TeaCache inserted"]
+        for title, rows in self._sections(self.plan):
+            lines += [f"  {title}", *(f"    {key:<18}{text}" for key, text in rows)] if rows else []
+        return "\n".join(lines)
 
-    def _rows(self, plan: CachePlan) -> list[tuple[str, str]]:
-        blocks = f"{plan.stack.num_blocks} blocks" if plan.stack.lists else "as the extractor says"
-        rows = [("block stack", blocks)]
-        rows += [("", str(part)) for part in plan.stack.lists]
-        rows += [
-            ("latents", plan.stack.latents),
-            ("timestep", plan.modulation.timestep),
-            ("modulated input", f"{plan.modulation.modulated_input} in {plan.modulation.block}"),
-            ("pattern", plan.modulation.pattern),
+    def _sections(self, plan: CachePlan) -> list[tuple[str, list[Row]]]:
+        timings = [(key, f"{1e3 * seconds:.0f} ms") for key, seconds in self.timings.items()]
+        return [
+            ("found", _found(plan)),
+            ("costs of a step", _costs(plan)),
+            ("as expressions", _expressions(plan)),
+            ("settings", self._settings()),
+            ("time taken", timings),
         ]
-        for live in plan.stack.live_outputs:
-            rows.append(("live output", f"{live.value} - {live.base}, {live.dtype}[{', '.join(live.shape)}]"))
-            if live.proven:
-                rows.append(("", f"as large as `{live.base}` in every call: {', '.join(live.proven)}"))
-        rows += _costs(plan)
-        if self.config is not None:
-            rows.append(("threshold", f"{self.config.config.rel_l1_thresh:g} ({self.config.config.accumulation})"))
-            rows.append(("coefficients", f"{list(self.config.coefficients)}, {self.config.origin}"))
-            if self.config.caveat:
-                rows.append(("", f"this polynomial is {self.config.caveat} on [0, 0.3]"))
-        rows += [(key, f"{1e3 * seconds:.0f} ms") for key, seconds in self.timings.items()]
-        return rows
+
+    def _settings(self) -> list[Row]:
+        if self.config is None:
+            return []
+        rows = [
+            ("threshold", f"{self.config.config.rel_l1_thresh:g} ({self.config.config.accumulation})"),
+            ("coefficients", f"{list(self.config.coefficients)}, {self.config.origin}"),
+        ]
+        return rows + ([("", f"on [0, 0.3] this polynomial is {self.config.caveat}")] if self.config.caveat else [])
 
 
-def _costs(plan: CachePlan) -> list[tuple[str, str]]:
+def _found(plan: CachePlan) -> list[Row]:
+    rows = [("block stack", f"{plan.stack.num_blocks} blocks" if plan.stack.lists else "as the extractor says")]
+    rows += [("", str(part)) for part in plan.stack.lists]
+    where = f" in {plan.modulation.block}" if plan.modulation.block else ""
+    rows += [
+        ("latents", plan.stack.latents),
+        ("timestep", plan.modulation.timestep),
+        ("modulated input", f"{plan.modulation.modulated_input}{where}: steps are compared on it"),
+        ("pattern", plan.modulation.pattern),
+    ]
+    for live in plan.stack.live_outputs:
+        rows.append(("residual", f"{live.value} - {live.base}, {live.dtype}[{', '.join(live.shape)}]"))
+        if live.proven:
+            rows.append(("", f"both are of one size in every call: {', '.join(live.proven)}"))
+    return rows
+
+
+def _costs(plan: CachePlan) -> list[Row]:
+    """At the captured sizes."""
     costs, now = plan.costs, plan.costs.at()
     rows = []
     for name in PARTS:
-        part, numbers = getattr(costs, name), getattr(now, name)
-        amount = f"{_amount(numbers.flops, 'FLOPs')}, {_amount(numbers.weight_bytes, 'B')} of weights"
-        rows.append((name, f"{len(getattr(plan.partition, name))} nodes, {amount}"))
-        if not isinstance(part.flops, int):
-            rows.append(("", f"FLOPs: {part.flops}"))
-    shares = (
-        f"{costs.skipped_share:.1%} of a computed step's FLOPs, reads {costs.skipped_weight_share:.1%} of its weights"
-    )
-    rows += [("skipped step", f"pays {shares}"), ("state", f"{_amount(now.state_bytes, 'B')} in each context")]
-    if not isinstance(costs.state_bytes, int):
-        rows.append(("", f"bytes: {costs.state_bytes}"))
-    rows += [("" if i else "sizes", str(size)) for i, size in enumerate(costs.sizes)]
+        part, nodes = getattr(now, name), len(getattr(plan.partition, name))
+        when = "computed steps" if name == "blocks" else "every step"
+        amounts = f"{_amount(part.flops, 'FLOPs'):>14}{_amount(part.weight_bytes, 'B'):>12} of weights"
+        rows.append((name, f"{amounts}{nodes:>7} nodes, on {when}"))
+    share = f"{costs.skipped_share:>8.1%} of them{costs.skipped_weight_share:>11.1%}"
+    rows.append(("skipped step", f"{share} of them: the share of a computed step"))
+    rows.append(("state", f"{_amount(now.state_bytes, 'B'):>26} kept between steps, in each context"))
     return rows
+
+
+def _expressions(plan: CachePlan) -> list[Row]:
+    """The same where sizes vary between calls; the other costs are numbers."""
+    counts = [(name, "FLOPs", getattr(plan.costs, name).flops) for name in PARTS]
+    counts.append(("state", "bytes", plan.costs.state_bytes))
+    rows = [(name, f"{count} {unit}") for name, unit, count in counts if not isinstance(count, int)]
+    return rows + [("" if i else "where", str(size)) for i, size in enumerate(plan.costs.sizes)]
 
 
 def _amount(count: int, unit: str) -> str:

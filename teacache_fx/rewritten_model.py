@@ -16,6 +16,7 @@ from teacache_fx.config import TeaCacheConfig
 from teacache_fx.export_capture import Captured, capture
 from teacache_fx.flat_state import take_from_flat
 from teacache_fx.graph import fake_value
+from teacache_fx.plan import CachePlan
 from teacache_fx.state_buffers import StateBuffers
 
 StateForm = Literal["buffers", "io"]
@@ -91,8 +92,6 @@ class RewrittenModel(nn.Module):
         """One denoising step, with the arguments of the model's forward."""
         if not self._captured:
             self._capture_call(args, kwargs)
-        if torch.onnx.is_in_onnx_export() and not self._is_io:
-            raise ValueError("ONNX drops writes to buffers, and the cache with them: rewrite(model, state='io')")
         captured = self._captured[0]
         own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
         leaves = captured.layout.flatten(args, kwargs)
@@ -133,6 +132,11 @@ class RewrittenModel(nn.Module):
             raise RuntimeError("nothing is captured yet: give rewrite(model, args, kwargs) the arguments of one step")
         return self._captured[0].initial_state(args, kwargs, self._config.num_inference_steps or 0)
 
+    @property
+    def plan(self) -> CachePlan | None:
+        """What was found; `None` before the capture."""
+        return self._captured[0].plan if self._captured else None
+
     def state_dynamic_shapes(self) -> dict[str, dict[int, Any]]:
         """What `torch.export.export` must be told of `teacache_state` in its `dynamic_shapes`.
 
@@ -148,7 +152,13 @@ class RewrittenModel(nn.Module):
         self.capture(args, kwargs)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As of any module. torch.export asks for it first of all, which is when a model without inputs is captured."""
+        """As of any module. torch.export asks for it first of all, which is when a model without inputs is captured.
+
+        Raises:
+            ValueError: the export is to ONNX, and the state lives in buffers.
+        """
+        if torch.onnx.is_in_onnx_export() and not self._is_io:
+            raise ValueError("ONNX drops writes to buffers, and the cache with them: rewrite(model, state='io')")
         if not self._captured and (call := _arguments_of_export(self)) is not None:
             self.capture(*call)
         yield from super().named_modules(*args, **kwargs)

@@ -11,13 +11,10 @@ import torch
 from torch import fx
 
 from teacache_fx.graph import argument_name, fake_value
-from teacache_fx.sizes import Size, captured, captured_symbols, expression
+from teacache_fx.sizes import UNKNOWN_SIZE, Size, captured, captured_symbols, expression
 
 Count: TypeAlias = int | sympy.Expr
 """A number, or an expression over named sizes where shapes are dynamic."""
-
-UNKNOWN_SIZE = 64
-"""Taken for a size that only running the model tells, where a number is wanted."""
 
 _DIMENSIONS = {
     2: {0: "batch"},

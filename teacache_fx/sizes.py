@@ -24,6 +24,9 @@ from torch.utils._sympy.value_ranges import bound_sympy
 
 Size: TypeAlias = int | torch.SymInt
 
+UNKNOWN_SIZE = 64
+"""Taken for a size that only running the model tells, where a number is wanted."""
+
 _UNLIMITED = 1 << 48  # torch writes "no limit" as one of its largest integers
 _MOST_CASES = 64  # of one proof
 
@@ -89,7 +92,8 @@ def _from_bounds(left: Size, right: Size) -> sympy.Expr:
     A size of at least 2 is then 2 plus something that is not negative, which sympy can decide the sign of sums by.
     """
     difference = expression(left) - expression(right)
-    ranges = next((size.node.shape_env.var_to_range for size in (left, right) if isinstance(size, torch.SymInt)), {})
+    symbolic = (size for size in (left, right) if isinstance(size, torch.SymInt))
+    ranges: dict[Any, Any] = next((size.node.shape_env.var_to_range for size in symbolic), {})
     shifts = {}
     for symbol in difference.free_symbols:
         least = ranges[symbol].lower if symbol in ranges else None

@@ -4,6 +4,9 @@ Note [State in buffers]: what is written is written after the cond, with `copy_`
 shapes and decompositions. Where sizes vary between calls, a tensor lies at the beginning of a flat buffer that has room
 for the largest one, and the sizes of the step before are kept: a step of other sizes does not read as numbers of its
 own what was left there, but is a first step.
+
+Note [Single numbers]: inductor takes a buffer of a single element for a constant, though the graph writes to it (torch
+2.13): a compiled program would compute every step. So each of those that are read has room for a second one.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ class StateBuffers(nn.Module):
     Attributes:
         previous_modulated_input, previous_residual (or previous_residual_0 and so on), previous_latents: as large as
             what they are named after; flat, with room for the largest, where sizes vary.
-        accumulated_rel_l1_distance, step_index and so on: the fields of `PolicyState`.
+        accumulated_rel_l1_distance, step_index and so on: the fields of `PolicyState`; of a single number the first of
+            two elements.
         reason, rel_l1, accumulated: of the last step, for whoever wants to look; `reason` is a `StepReason`.
         sizes: int64, those sizes of the last step that vary.
 
@@ -45,18 +49,22 @@ class StateBuffers(nn.Module):
         super().__init__()
         self._names = (*signature.tensor_names, *signature.scalar_names)
         self._has_contexts = num_contexts > 1
-        shapes = [_room(fake) for fake in (*signature.tensors, *signature.scalars)]
+        fakes = (*signature.tensors, *signature.scalars)
+        shapes = [_room(fake) for fake in fakes]
         self.flat = tuple(is_flat for _, is_flat in shapes)
+        self._single: dict[str, tuple[int, ...]] = {}  # shapes of what has one element
         contexts = (num_contexts,) if self._has_contexts else ()
         device = signature.tensors[0].device
 
-        def register(name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        def register(name: str, shape: tuple[int, ...], dtype: torch.dtype, is_read: bool = True) -> None:
+            if is_read and math.prod((*contexts, *shape)) == 1:
+                self._single[name], shape = shape, (2,)
             self.register_buffer(name, torch.zeros((*contexts, *shape), dtype=dtype, device=device))
 
-        for name, (shape, _), fake in zip(self._names, shapes, (*signature.tensors, *signature.scalars), strict=True):
+        for name, (shape, _), fake in zip(self._names, shapes, fakes, strict=True):
             register(name, shape, fake.dtype)
         for name in RECORDED:
-            register(name, tuple(signature.scalars.step_index.shape), _RECORDED_DTYPES[name])
+            register(name, tuple(signature.scalars.step_index.shape), _RECORDED_DTYPES[name], is_read=False)
         register("sizes", (num_sizes,), torch.int64)
         self.get_buffer("num_inference_steps").fill_(num_inference_steps)
 
@@ -90,11 +98,13 @@ class StateBuffers(nn.Module):
 
     def _read(self, name: str, context: Tensor | None) -> Tensor:
         buffer: Tensor = getattr(self, name)
+        if name in self._single:
+            return buffer.narrow(0, 0, 1).view(self._single[name])
         return buffer if context is None else buffer.index_select(0, context.reshape(1))[0]
 
     def _write(self, name: str, context: Tensor | None, value: Tensor) -> None:
         buffer: Tensor = getattr(self, name)
-        if name in self._names and self.flat[self._names.index(name)]:
+        if name in self._single or (name in self._names and self.flat[self._names.index(name)]):
             buffer, value = buffer.narrow(-1, 0, value.numel()), value.reshape(-1)
         if context is None:
             buffer.copy_(value)

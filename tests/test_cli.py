@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import teacache_fx
 from teacache_fx.cli import main
 from tests import toys
 
@@ -58,6 +59,24 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "blocks: 2 x Block" in capsys.readouterr().out
     assert main(["explain", "factories:pooled"]) == 1
     assert "no latents found" in capsys.readouterr().out
+
+
+def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
+    config = teacache_fx.TeaCacheConfig(0.2, (1.0, 0.0))
+    rewritten = teacache_fx.rewrite(toys.make(), (), toys.inputs(), config=config)
+    torch.export.save(torch.export.export(rewritten, (), toys.inputs(), strict=False), "toy.pt2")
+    settings = ["--coefficients", "1,0", "--thresh"]
+    assert main(["verify", "toy.pt2", "factories:small", *settings, "0.2"]) == 0
+    assert "does what the model with TeaCache does" in capsys.readouterr().out
+    assert main(["verify", "toy.pt2", "factories:small", *settings, "0.25"]) == 1
+    assert "computed instead of skipped" in capsys.readouterr().out
+    for program, target in (
+        ("toy.pt2", "factories:pooled"),
+        ("toy.pt2", "toy.pt2"),
+        ("missing.pt2", "factories:small"),
+    ):
+        assert main(["verify", program, target]) == 2
+        assert capsys.readouterr().err.startswith("teacache-fx: ")
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,10 @@ LEVELS = (
     {"plan_text", "runtime", "explanation"},
     {"export_capture", "graph_backend"},
     {"hook", "rewritten_model"},
-    {"backend", "export", "snapshot"},
-    {"select", "targets", "testing"},
+    {"backend", "export", "program_runners", "snapshot"},
+    {"onnx_runner", "reference_steps", "select", "targets", "testing"},
+    {"open_program", "verified_steps"},
+    {"verification"},
     {"cli"},
     {""},
 )  # fmt: skip
@@ -125,7 +127,7 @@ def test_public_names() -> None:
         "CacheContext", "CacheStats", "DeclineReason", "Declined", "RewriteReport", "StepReason", "TeaCacheBackend",
         "TeaCacheConfig", "TeaCacheHook", "TeaCacheState", "TeaCacheWarning", "apply_teacache_hook", "cache_context",
         "explain", "get_cache_backend", "register_extractor", "remove_teacache_hook", "rewrite", "session",
-        "teacache_backend",
+        "teacache_backend", "verify_export",
     }  # fmt: skip
     for name in teacache_fx.__all__:
         assert getattr(teacache_fx, name).__doc__

@@ -1,0 +1,58 @@
+"""What the tests of verify_export share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import teacache_fx
+from teacache_fx import TeaCacheConfig
+from teacache_fx.verification import verify_export
+from teacache_fx.verified_steps import Verification
+from tests import toys
+
+CONFIG = TeaCacheConfig(0.2, (1.0, 0.0))
+
+
+class Forgetful(nn.Module):
+    """Runs the form "io", but begins each step with the state before the first: its cache never lives."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.rewritten = teacache_fx.rewrite(model, (), inputs, config=CONFIG, state="io")
+        self.state = self.rewritten.initial_state()
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.rewritten(
+            hidden_states=hidden_states,
+            timestep=timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            teacache_state=self.state,
+        )[0]
+        return output
+
+
+def export(
+    model: nn.Module | None = None,
+    config: TeaCacheConfig = CONFIG,
+    own: dict[str, Tensor] | None = None,
+    **options: Any,
+) -> ExportedProgram:
+    """The toy with TeaCache, exported."""
+    kwargs = toys.inputs()
+    rewritten = teacache_fx.rewrite(model or toys.make(), (), kwargs, config=config, **options)
+    if options.get("state") == "io":
+        own = {"teacache_state": rewritten.initial_state()}  # type: ignore[dict-item]
+    return torch.export.export(rewritten, (), {**kwargs, **(own or {})}, strict=False)
+
+
+def verify(program: Any, **options: Any) -> Verification:
+    """Against the toy, with the settings that were exported."""
+    return verify_export(program, toys.make(), (), toys.inputs(), **{"config": CONFIG, **options})
+
+
+def decisions(verification: Verification) -> str:
+    return "".join(step.expected[0] for step in verification.steps)
