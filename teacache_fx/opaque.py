@@ -106,10 +106,10 @@ def make_opaque(modules: list[nn.Module], call: Callable[[], Any]) -> list[Opaqu
     fit: set[nn.Module] = set()
 
     def enter(module: nn.Module, _: tuple[Any, ...]) -> None:
-        counters[module] = FlopCounterMode(display=False).__enter__()
+        counters[module] = FlopCounterMode(display=False).__enter__()  # type: ignore[no-untyped-call]
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        counters[module].__exit__(None, None, None)
+        counters[module].__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if len(args) == 1 and not kwargs and _alike(args[0], output):
             fit.add(module)
 
