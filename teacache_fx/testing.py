@@ -84,10 +84,13 @@ class _Bookkeeper:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         collected = {item.path for item in session.items}
-        self._beside.update(str(path.parent) for path in collected)
         for directory in {path.parent for path in collected}:
-            asking = (path for path in directory.glob("*.py") if _FIXTURE in path.read_text("utf-8", "replace"))
-            if any(path.name.startswith("test_") or path.stem.endswith("_test") for path in set(asking) - collected):
+            if not any((directory / DIRECTORY).glob(f"*{SUFFIX}")):
+                continue
+            self._beside.add(str(directory))
+            others = (path for path in directory.glob("*.py") if path not in collected)
+            tests = (path for path in others if path.name.startswith("test_") or path.stem.endswith("_test"))
+            if any(_FIXTURE in path.read_text("utf-8", "replace") for path in tests):
                 self._unknown.add(str(directory))
 
     @pytest.hookimpl(wrapper=True)
