@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test goldens types lint fault-table coverage-table soak bench train clean
+.PHONY: help venv demo test test-all goldens types lint fault-table coverage-table soak bench train clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -23,6 +23,9 @@ demo: venv ## Sample pictures uncached and with TeaCache, side by side; writes o
 
 test: venv ## Run the tests
 	$(BIN)/python -m pytest -n 2
+
+test-all: venv ## Run the slow tests too (about twice as long)
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 goldens: venv ## Rewrite the golden texts of the passes; read the diff before you commit it
 	$(BIN)/python -m pytest tests/passes/test_goldens.py tests/models --update-goldens

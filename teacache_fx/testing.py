@@ -75,7 +75,7 @@ class _Bookkeeper:
 
     def __init__(self, config: pytest.Config) -> None:
         self.used, self._beside, self._unknown = set[str](), set[str](), set[str]()
-        self._is_part = any("::" in argument for argument in config.args)
+        self._is_part = bool(config.option.collectonly) or any("::" in argument for argument in config.args)
         self._is_updating = bool(config.getoption("--update-goldens"))
         self._unused: list[Path] = []
 

@@ -53,7 +53,7 @@ def hash_rows(values: Sequence[Tensor]) -> list[Tensor]:
 
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize("function", [hash_all, hash_rows])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compilers_agree(function: Callable[[Sequence[Tensor]], list[Tensor]], dynamic: bool) -> None:
     values = [value for value in tensors() if function is hash_all or value.ndim > 1]
     compiled = torch.compile(function, dynamic=dynamic, fullgraph=True)

@@ -32,8 +32,14 @@ def _threshold(model: nn.Module, name: str, steps: list[dict[str, Any]]) -> floa
     return 1.7 * statistics.median(probe.rel_l1[1:])
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("flux", "pixart", "wan")  # compiled in each run
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [(name, "eager") for name in FAMILIES]
+    + [pytest.param(name, "inductor", marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES],
+)
 def test_same_decisions_and_outputs_as_reference(name: str, inner: str) -> None:
     model, inputs = build(name)
     steps = trajectory(name, inputs)

@@ -55,7 +55,9 @@ def _capture_sizes() -> object:
         yield
 
 
-@pytest.mark.parametrize(("inner", "dynamic"), [("eager", False), ("inductor", True)])
+@pytest.mark.parametrize(
+    ("inner", "dynamic"), [("eager", True), pytest.param("inductor", True, marks=pytest.mark.slow)]
+)
 def test_the_image_tokens_are_as_many_as_before(inner: str, dynamic: bool) -> None:
     inputs = _inputs()
     backend = TeaCacheBackend(rel_l1_thresh=ALWAYS_SKIP, coefficients=[1.0, 0.0], inner=inner, on_decline="raise")
