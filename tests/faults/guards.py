@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from teacache_fx import listener, policy, rewrite, state, store
+from teacache_fx import listener, pipeline, policy, state, store
 from teacache_fx.contexts import CallContext
 from teacache_fx.identity import CalledModel
 from teacache_fx.passes import branches, insert_cond
@@ -68,7 +68,7 @@ GUARDS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "name of the branch": lambda: replaced(store, "_Scope", _scope_without("name")),
     "request": lambda: replaced(store, "_Scope", _scope_without("request_id")),
     "shapes and graph": lambda: replaced(store, "_Scope", _scope_without("shapes")),
-    "fingerprint of the graph": lambda: replaced(rewrite, "_fingerprint", lambda *_: 0),
+    "fingerprint of the graph": lambda: replaced(pipeline, "_fingerprint", lambda *_: 0),
     "weights of the model": _one_model_for_all,
     "one context per thread": _one_context_for_all,
     "reset at the end": lambda: replaced(listener.ListeningHook, "reset_state", lambda _, module: module),
