@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from teacache_fx.sizes import limits
+
 _MISSING = object()
+
+
+def leaves_by_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of arguments of any structure, named as torch.export names the inputs of its graphs."""
+    leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
+    return {"_".join(_word(key) for key in path): leaf for path, leaf in leaves}
+
+
+def _word(key: Any) -> str:
+    if isinstance(key, pytree.MappingKey):
+        return re.sub(r"[^a-zA-Z0-9]", "_", str(key.key)).lower()
+    return str(key.idx if isinstance(key, pytree.SequenceKey) else key.name).lower()
 
 
 class CallLayout:
@@ -18,10 +34,17 @@ class CallLayout:
     Args:
         signature: of the model's forward.
         arguments: of the call that was captured, by name.
+        fakes: what stands for each of their leaves in the graph.
         output: structure of what the model returned.
     """
 
-    def __init__(self, signature: inspect.Signature, arguments: Mapping[str, Any], output: pytree.TreeSpec) -> None:
+    def __init__(
+        self,
+        signature: inspect.Signature,
+        arguments: Mapping[str, Any],
+        fakes: Sequence[Any],
+        output: pytree.TreeSpec,
+    ) -> None:
         parameters = signature.parameters.values()
         self.output = output
         self._positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
@@ -31,13 +54,16 @@ class CallLayout:
             name: [_MISSING if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(value)]
             for name, value in arguments.items()
         }
+        in_order = iter(fakes)
+        self._fakes = {name: [next(in_order) for _ in constants] for name, constants in self._constants.items()}
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The leaves of a call, in the graph's order.
 
         Raises:
             TypeError: an argument is missing, or was not there at the capture, or had another structure.
-            ValueError: a number, a flag or the like has another value than at the capture, where it was built in.
+            ValueError: a number, a flag or the like has another value than at the capture, where it was built in, or a
+                tensor a size, dtype or device that the graph was not captured for.
         """
         given = {**dict(zip(self._positional, args, strict=False)), **kwargs}
         for name, value in given.items():
@@ -52,13 +78,40 @@ class CallLayout:
         leaves, spec = pytree.tree_flatten(value)
         if spec != self._specs[name]:
             raise TypeError(f"{name} is not built as it was when the model was captured: rewrite it anew")
-        for leaf, constant in zip(leaves, self._constants[name], strict=True):
+        for leaf, constant, fake in zip(leaves, self._constants[name], self._fakes[name], strict=True):
             if isinstance(leaf, Tensor) is not (constant is _MISSING):
                 kinds = ("a tensor", "no tensor")[:: 1 if constant is _MISSING else -1]
                 raise TypeError(f"{name} was {kinds[0]} when the model was captured, and is {kinds[1]} now")
             if constant is not _MISSING and not _is_same(leaf, constant):
                 raise ValueError(f"{name}={leaf!r}, but {constant!r} was built in when the model was captured")
+            if isinstance(fake, Tensor):
+                _check_tensor(name, leaf, fake)
         return leaves
+
+
+def _check_tensor(name: str, given: Tensor, fake: Tensor) -> None:
+    """A size that varies at the capture may have any value within its limits."""
+    bounds = [limits(size) for size in fake.shape]
+    is_shape = given.ndim == fake.ndim and all(
+        size >= least and (most is None or size <= most)
+        for size, (least, most) in zip(given.shape, bounds, strict=True)
+    )
+    if not is_shape:
+        wanted = ", ".join(
+            str(least) if least == most else f"{least} to {most}" if most else f"{least} or more"
+            for least, most in bounds
+        )
+        raise ValueError(
+            f"{name} has the sizes {list(given.shape)}, but the model was captured for [{wanted}]: rewrite it anew, or "
+            "say with dynamic_shapes which sizes vary"
+        )
+    if (given.dtype, given.device.type) != (fake.dtype, fake.device.type):
+        found, wanted = (f"{_name(each.dtype)} on {each.device.type}" for each in (given, fake))
+        raise ValueError(f"{name} is {found}, but the model was captured for {wanted}: convert it, or rewrite it anew")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_same(value: Any, other: Any) -> bool:

@@ -104,4 +104,8 @@ class TeaCacheWarning(UserWarning):
 
 
 class VerificationError(AssertionError):
-    """A rewriting pass broke the contract of the graph: a bug of this package, never of the user's model."""
+    """Something does not compute what it must.
+
+    Raised as such, a rewriting pass broke the contract of the graph: a bug of this package, never of the user's model.
+    `verify_export` raises its subclass `ExportError`, of programs that may have been made in any way.
+    """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,16 @@ from teacache_fx.call_layout import CallLayout
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.exported import graph_of
-from teacache_fx.graph import op_name
+from teacache_fx.graph import fake_value, op_name
 from teacache_fx.pipeline import Pipeline
 from teacache_fx.plan import CachePlan
 from teacache_fx.runtime import StateShapes
 from teacache_fx.signature import CacheSignature
 
+MODEL_ID = "model_id"
+"""Entry of a state that tells which model it is of, int64."""
+
+_STATE_FORMAT = 1  # counts up when what a state means changes
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -38,6 +43,7 @@ class Captured:
         layout: of the leaves.
         weights: names of the weights that it takes, in order.
         constants: those among them that are attributes of no module.
+        model_id: of the model with these weights; goes with a state, so that no other model continues it.
     """
 
     gm: fx.GraphModule
@@ -46,45 +52,56 @@ class Captured:
     layout: CallLayout
     weights: tuple[str, ...]
     constants: dict[str, Tensor]
+    model_id: int
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the state's tensors, in order."""
-        return (*self.signature.tensor_names, *self.signature.scalar_names)
+        return (*self.signature.tensor_names, *self.signature.scalar_names, MODEL_ID)
 
     @property
     def _state_fakes(self) -> tuple[Tensor, ...]:
-        return (*self.signature.tensors, *self.signature.scalars)
+        num_steps = self.signature.scalars.num_inference_steps  # as model_id, it has no entry per sample
+        return (*self.signature.tensors, *self.signature.scalars, num_steps)
 
     def initial_state(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], num_inference_steps: int
     ) -> dict[str, Tensor]:
-        """Zeros for each tensor of the state, as large as a call with these arguments needs them."""
+        """The state before the first step, as large as a call with these arguments needs it."""
         placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         leaves = self.layout.flatten(args, kwargs) if args or kwargs else []
         shapes = StateShapes(placeholders[: self.signature.num_inputs], self.signature)
         memory = shapes.allocate([*self.weights, *leaves])
         memory.policy.num_inference_steps.fill_(num_inference_steps)
-        return dict(zip(self.state_names, (*memory.tensors, *memory.policy), strict=True))
+        model_id = torch.full_like(memory.policy.num_inference_steps, self.model_id)
+        return dict(zip(self.state_names, (*memory.tensors, *memory.policy, model_id), strict=True))
 
     def checked_state(self, state: Any) -> list[Tensor]:
-        """The state's tensors in order.
+        """The state's tensors in order but the model's id; where that is another one, the step index is 0.
 
         Raises:
             TypeError: it is no dict of tensors by name.
-            ValueError: a tensor is missing, unknown, or of another shape or dtype.
+            ValueError: a tensor is missing, unknown, or of another shape or dtype, or the state is another model's.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"teacache_state must be a dict, as initial_state() makes it, got {type(state).__name__}")
         if missing := [name for name in self.state_names if name not in state]:
             raise ValueError(f"teacache_state has no {', '.join(missing)}: initial_state() makes a complete one")
+        if unknown := [name for name in state if name not in self.state_names]:
+            raise ValueError(f"teacache_state has {', '.join(unknown)}, not kept by this model: is it another's?")
         for name, fake in zip(self.state_names, self._state_fakes, strict=True):
             given = state[name]
             if given.dtype != fake.dtype or not _fits(given, fake):
                 expected = f"{str(fake.dtype).removeprefix('torch.')} {list(fake.shape)}"
                 found = f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
                 raise ValueError(f"teacache_state[{name!r}] must be {expected}, got {found}: is it another model's?")
-        return [state[name] for name in self.state_names]
+        is_own = state[MODEL_ID] == self.model_id
+        if not torch.compiler.is_compiling() and not bool(is_own):
+            raise ValueError("teacache_state is another model's, or of other weights: initial_state() makes a new one")
+        return [
+            torch.where(is_own, state[name], 0) if name == "step_index" else state[name]
+            for name in self.state_names[:-1]
+        ]
 
     def state_dynamic_shapes(self) -> dict[str, dict[int, Any]]:
         """For each tensor of the state which of its sizes vary, as torch.export is told."""
@@ -129,11 +146,25 @@ def capture(
         pipeline = Pipeline(graph_of(program))
         _check_blocks(pipeline.original, pipeline.analyse())
         rewritten = pipeline.rewrite(resolved, is_portable)
-    layout = CallLayout(signature, arguments, program.call_spec.out_spec)
+    placeholders = [node for node in pipeline.original.graph.nodes if node.op == "placeholder"]
     weights = [str(spec.target) for spec in program.graph_signature.input_specs if spec.kind in _WEIGHTS]
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     constants = {name: program.constants[name] for name in weights if name not in own}
-    return Captured(rewritten.gm, rewritten.plan, rewritten.signature, layout, tuple(weights), constants)
+    fakes = [fake_value(node) for node in placeholders[len(weights) :]]
+    layout = CallLayout(signature, arguments, fakes, program.call_spec.out_spec)
+    model_id = _model_id(model, {**program.state_dict, **program.constants})
+    return Captured(rewritten.gm, rewritten.plan, rewritten.signature, layout, tuple(weights), constants, model_id)
+
+
+def _model_id(model: nn.Module, weights: Mapping[str, Any]) -> int:
+    """Tells models apart, and by the first number of each weight also finetunes of one model; below 2**56."""
+    facts = [
+        (name, str(tensor.dtype), tuple(tensor.shape), [] if tensor.is_meta else tensor.reshape(-1)[:1].tolist())
+        for name, tensor in weights.items()
+        if isinstance(tensor, Tensor)
+    ]
+    text = repr((_STATE_FORMAT, type(model).__qualname__, sorted(facts)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def _exported(model: nn.Module, arguments: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:

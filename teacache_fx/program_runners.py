@@ -16,6 +16,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from teacache_fx.call_layout import leaves_by_name
+
 _OWN = re.compile(r"(^|\.)teacache\.(?P<name>\w+)$")  # buffers that the rewriting has added
 
 
@@ -38,10 +40,12 @@ class ProgramRunner(ABC):
     Attributes:
         kind: in words.
         inputs: by name; parts of lists and dicts are named as torch.export does, `states_0`.
+        kept: names of the state's tensors that it keeps in buffers.
     """
 
     kind: str
     inputs: dict[str, Expected]
+    kept: frozenset[str] = frozenset()
 
     @abstractmethod
     def run(self, values: Mapping[str, Any]) -> list[Any]:
@@ -65,18 +69,6 @@ class ProgramRunner(ABC):
             values: of a first step.
             latents: which of them holds the latents.
         """
-
-
-def leaves_by_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of arguments of any structure, named as torch.export names the inputs of its graphs."""
-    leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
-    return {"_".join(_word(key) for key in path): leaf for path, leaf in leaves}
-
-
-def _word(key: Any) -> str:
-    if isinstance(key, pytree.MappingKey):
-        return re.sub(r"[^a-zA-Z0-9]", "_", str(key.key)).lower()
-    return str(key.idx if isinstance(key, pytree.SequenceKey) else key.name).lower()
 
 
 class _Call:
@@ -114,6 +106,7 @@ class ExportedRunner(ProgramRunner):
         for name, target in buffers.items():  # the module shares them with the program
             self._state[name] = self._module.get_buffer(target).clone()
             setattr(self._module.get_submodule(target.rpartition(".")[0]), name, self._state[name])
+        self.kept = frozenset(buffers)
         if "step_index" in self._state:
             self._state["step_index"].zero_()
         fakes = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
@@ -155,6 +148,7 @@ class PackageRunner(ProgramRunner):
         self._package, self._is_fresh = package, is_fresh
         self._call = _Call(pytree.treespec_loads(package.loader.get_call_spec()[0]), parameters)
         self.inputs = {name: Expected() for name in self._call.names}
+        self.kept = frozenset(match["name"] for name in package.get_constant_fqns() if (match := _OWN.search(name)))
 
     def run(self, values: Mapping[str, Any]) -> list[Any]:
         """See `ProgramRunner`."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from teacache_fx.call_layout import leaves_by_name
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.export import rewrite
-from teacache_fx.program_runners import leaves_by_name
 
 State = dict[str, Tensor]
 

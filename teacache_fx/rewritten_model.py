@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from teacache_fx.call_layout import leaves_by_name
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.export_capture import Captured, capture
 from teacache_fx.flat_state import take_from_flat
@@ -26,7 +27,7 @@ _OWN = (STATE, RESET, CONTEXT)
 
 
 class RewrittenModel(nn.Module):
-    """Runs one denoising step as the model would, with TeaCache. Made by `teacache_fx.pipeline`.
+    """Runs one denoising step as the model would, with TeaCache. Made by `teacache_fx.rewrite`.
 
     Takes and returns what the model does. Parameters and buffers are the model's own tensors, under their own names.
 
@@ -81,7 +82,7 @@ class RewrittenModel(nn.Module):
         signature = captured.signature
         self._varying = list(_varying_sizes(captured.gm, len(captured.weights), signature.num_inputs))
         length = self._config.num_inference_steps or 0
-        self.teacache = StateBuffers(signature, self._num_contexts, len(self._varying), length)
+        self.teacache = StateBuffers(signature, self._num_contexts, len(self._varying), length, captured.model_id)
         count = len(signature.tensor_names)
         rows = [getattr(self.teacache, name) for name in signature.tensor_names]
         flat = [row[0] if self._num_contexts > 1 else row for row in rows]
@@ -102,8 +103,9 @@ class RewrittenModel(nn.Module):
         count = captured.signature.num_outputs
         result, added = pytree.tree_unflatten(list(outputs[:count]), captured.layout.output), outputs[count:]
         if self._is_io:
-            names = (*captured.signature.tensor_names, *captured.signature.scalar_names)
-            return result, {**dict(zip(names[:-1], added, strict=False)), names[-1]: state[-1].clone()}
+            kept = added[: len(state) - 1]  # behind them comes what is recorded; no step changes the last two
+            rest = (state[-1].clone(), torch.full_like(state[-1], captured.model_id))
+            return result, dict(zip(captured.state_names, (*kept, *rest), strict=True))
         self.teacache.write(own.get(CONTEXT), added, sizes)
         return result
 
@@ -128,9 +130,22 @@ class RewrittenModel(nn.Module):
         Raises:
             RuntimeError: the model has not been captured yet: call it, export it, or give `rewrite` the arguments.
         """
-        if not self._captured:
-            raise RuntimeError("nothing is captured yet: give rewrite(model, args, kwargs) the arguments of one step")
-        return self._captured[0].initial_state(args, kwargs, self._config.num_inference_steps or 0)
+        return self._first_capture().initial_state(args, kwargs, self._config.num_inference_steps or 0)
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names to give to `torch.onnx.export` as its `output_names`, for the form "io".
+
+        First those of the model's outputs: `output`, or `output_0` and so on, or `output_sample` where they have names
+        of their own. Then the new state, each tensor as in `teacache_state`, with `teacache_next_state_` before it.
+
+        Raises:
+            RuntimeError: the model has not been captured yet.
+        """
+        captured = self._first_capture()
+        spec = captured.layout.output
+        outputs = leaves_by_name({"output": pytree.tree_unflatten(list(range(spec.num_leaves)), spec)})
+        return [*outputs, *(f"teacache_next_state_{name}" for name in captured.state_names)]
 
     @property
     def plan(self) -> CachePlan | None:
@@ -143,9 +158,12 @@ class RewrittenModel(nn.Module):
         Raises:
             RuntimeError: the model has not been captured yet.
         """
+        return self._first_capture().state_dynamic_shapes()
+
+    def _first_capture(self) -> Captured:
         if not self._captured:
             raise RuntimeError("nothing is captured yet: give rewrite(model, args, kwargs) the arguments of one step")
-        return self._captured[0].state_dynamic_shapes()
+        return self._captured[0]
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _capture_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -48,12 +48,13 @@ def captured(size: Size) -> int | None:
     return hint if isinstance(hint, int) else None
 
 
-def largest(size: Size) -> int | None:
-    """The upper limit of a size, from the limits of its symbols; `None` if it has none."""
+def limits(size: Size) -> tuple[int, int | None]:
+    """The smallest and the largest value of a size, from the limits of its symbols; `None` for no upper limit."""
     if not isinstance(size, torch.SymInt):
-        return int(size)
-    upper = bound_sympy(size.node.expr, size.node.shape_env.var_to_range).upper
-    return int(upper) if upper.is_Integer and upper < _UNLIMITED else None
+        return int(size), int(size)
+    bounds = bound_sympy(size.node.expr, size.node.shape_env.var_to_range)
+    is_limited = bounds.upper.is_Integer and bounds.upper < _UNLIMITED
+    return int(bounds.lower) if bounds.lower.is_Integer else 0, int(bounds.upper) if is_limited else None
 
 
 def fixed(size: Size) -> int | None:

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from teacache_fx.signature import RECORDED, CacheSignature
-from teacache_fx.sizes import largest
+from teacache_fx.sizes import limits
+
+SIZES = "sizes"
+"""The buffer of those sizes of the last step that vary."""
 
 _RECORDED_DTYPES = {"reason": torch.int64, "rel_l1": torch.float32, "accumulated": torch.float32}
 
@@ -34,19 +37,24 @@ class StateBuffers(nn.Module):
             two elements.
         reason, rel_l1, accumulated: of the last step, for whoever wants to look; `reason` is a `StepReason`.
         sizes: int64, those sizes of the last step that vary.
+        model_id: int64, of the model that the state is of, since it can be exchanged in a loaded program.
 
     Args:
         signature: of the rewritten graph.
         num_contexts: with more than one, the context is the first dimension of each buffer.
         num_sizes: how many sizes of a call vary.
         num_inference_steps: length of a generation in steps, 0 where it is not known.
+        model_id: of the model.
 
     Raises:
         ValueError: a size has no upper limit.
     """
 
-    def __init__(self, signature: CacheSignature, num_contexts: int, num_sizes: int, num_inference_steps: int) -> None:
+    def __init__(
+        self, signature: CacheSignature, num_contexts: int, num_sizes: int, num_inference_steps: int, model_id: int
+    ) -> None:
         super().__init__()
+        self._model_id = model_id
         self._names = (*signature.tensor_names, *signature.scalar_names)
         self._has_contexts = num_contexts > 1
         fakes = (*signature.tensors, *signature.scalars)
@@ -65,7 +73,8 @@ class StateBuffers(nn.Module):
             register(name, shape, fake.dtype)
         for name in RECORDED:
             register(name, tuple(signature.scalars.step_index.shape), _RECORDED_DTYPES[name], is_read=False)
-        register("sizes", (num_sizes,), torch.int64)
+        register(SIZES, (num_sizes,), torch.int64)
+        register("model_id", (), torch.int64)
         self.get_buffer("num_inference_steps").fill_(num_inference_steps)
 
     def reset(self) -> None:
@@ -81,12 +90,12 @@ class StateBuffers(nn.Module):
             sizes: those of the call that vary.
         """
         state = {name: self._read(name, context) for name in self._names}
+        goes_on = self._read("model_id", context) == self._model_id
         if sizes:
-            state["step_index"] = torch.where(
-                (self._read("sizes", context) == _tensor(sizes, self.sizes)).all(), state["step_index"], 0
-            )
+            goes_on = goes_on & (self._read(SIZES, context) == _tensor(sizes, self.sizes)).all()
         if is_reset is not None:
-            state["step_index"] = torch.where(is_reset, 0, state["step_index"])
+            goes_on = goes_on & ~is_reset
+        state["step_index"] = torch.where(goes_on, state["step_index"], 0)
         return list(state.values())
 
     def write(self, context: Tensor | None, values: Sequence[Tensor], sizes: Sequence[Any]) -> None:
@@ -94,7 +103,8 @@ class StateBuffers(nn.Module):
         for name, value in zip((*self._names[:-1], *RECORDED), values, strict=True):
             self._write(name, context, value)
         if sizes:
-            self._write("sizes", context, _tensor(sizes, self.sizes))
+            self._write(SIZES, context, _tensor(sizes, self.sizes))
+        self._write("model_id", context, torch.full((), self._model_id, dtype=torch.int64, device=self.sizes.device))
 
     def _read(self, name: str, context: Tensor | None) -> Tensor:
         buffer: Tensor = getattr(self, name)
@@ -118,7 +128,7 @@ def _room(fake: Tensor) -> tuple[tuple[int, ...], bool]:
     """Shape of the buffer for a tensor, and whether it is flat."""
     if all(isinstance(size, int) for size in fake.shape):
         return tuple(fake.shape), False
-    most = largest(math.prod(fake.shape))
+    _, most = limits(math.prod(fake.shape))
     if most is None:
         raise ValueError(
             f"state='buffers' needs room for the largest call, and the sizes {list(fake.shape)} have no limit: give "

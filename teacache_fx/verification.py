@@ -21,6 +21,8 @@ from teacache_fx.config import TeaCacheConfig
 from teacache_fx.open_program import open_program
 from teacache_fx.program_runners import Expected, ProgramRunner
 from teacache_fx.reference_steps import Reference, ReferenceStep, State, tensors_of
+from teacache_fx.signature import RECORDED
+from teacache_fx.state_buffers import SIZES
 from teacache_fx.verified_steps import ExportError, Verification, VerifiedStep, judge
 
 _STATE, _RESET, _CONTEXT = "teacache_state_", "teacache_reset", "teacache_context"
@@ -102,9 +104,12 @@ def _check_inputs(program: ProgramRunner, reference: Reference) -> None:
             value = given[name]
             wanted = f"{_dtype(expected.dtype)} {[size or 'any' for size in expected.shape or ()]}"
             differences.append(f"its input {name} is {wanted}, given {_dtype(value.dtype)} {list(value.shape)}")
+    if unknown := program.kept.difference(reference.initial_state(), RECORDED, [SIZES]):
+        differences.append(f"it keeps {', '.join(sorted(unknown))}, which is nothing of this version's")
     if differences:
         raise ValueError(
-            f"the {program.kind} program was not made from this model and these arguments: {'; '.join(differences)}"
+            f"the {program.kind} program was not made from this model and these arguments by this version of "
+            f"teacache_fx: {'; '.join(differences)}"
         )
 
 

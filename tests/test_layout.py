@@ -17,10 +17,10 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 # Each module may import from the levels before its own. What a pass is made of lies below the passes.
 LEVELS = (
     {
-        "argument_names", "call_layout", "checks", "errors", "coefficients", "einsum", "forwards", "module_paths",
+        "argument_names", "checks", "errors", "coefficients", "einsum", "forwards", "module_paths",
         "opaque", "policy", "sizes", "snapshot_text",
     },
-    {"advice", "contexts", "graph", "graph_diff", "signature", "trajectory"},
+    {"advice", "call_layout", "contexts", "graph", "graph_diff", "signature", "trajectory"},
     {
         "capture", "config", "dataflow", "exported", "fixed_numbers", "flops", "fragments", "identity", "listener",
         "marks", "modes", "pin_operands", "plot", "segments", "size_names", "state_buffers",

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim
 
-from teacache_fx import Declined, DeclineReason, TeaCacheBackend, TeaCacheConfig, apply_teacache_hook, rewrite
-from teacache_fx.rewritten_model import RewrittenModel
+from teacache_fx import TeaCacheConfig, rewrite
 from tests import toys
 from tests.both_branches import compare
 from tests.zoo import build
@@ -163,80 +162,3 @@ def test_contexts_and_reset(strict: bool) -> None:
 def test_onnx_takes_no_buffers() -> None:
     with pytest.raises(Exception, match="state='io'"):
         torch.onnx.export(rewrite(toys.make(), config=CONFIG), (), kwargs=toys.inputs(), dynamo=True, verbose=False)
-
-
-def _hooked() -> nn.Module:
-    model = toys.make()
-    apply_teacache_hook(model, TeaCacheBackend(inner="eager"))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: rewrite(3), TypeError, "model must be an nn.Module, got int"),  # type: ignore[arg-type]
-        (lambda: rewrite(torch.compile(toys.make())), ValueError, "model is a compiled ToyDiT"),  # type: ignore[arg-type]
-        (lambda: rewrite(_hooked()), ValueError, "with diffusers hooks"),
-        (lambda: rewrite(toys.make(), config=0.2), TypeError, "config must be a TeaCacheConfig, got float"),  # type: ignore[arg-type]
-        (lambda: rewrite(toys.make(), state="none"), ValueError, "state must be 'buffers' or 'io', got 'none'"),  # type: ignore[arg-type]
-        (lambda: rewrite(toys.make(), num_contexts=0), ValueError, "num_contexts"),
-        (lambda: rewrite(toys.make(), state="io", num_contexts=2), ValueError, "pass each branch its own state"),
-        (lambda: rewrite(toys.make(), dynamic_shapes=SIZES), ValueError, "needs the arguments of one step"),
-        (lambda: rewrite(toys.make()).initial_state(), RuntimeError, "nothing is captured yet"),
-    ],
-)  # fmt: skip
-def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_declines() -> None:
-    for model, reason in (
-        (toys.make(toys.PooledDiT), DeclineReason.NO_LATENTS),
-        (rewrite(toys.make(), (), toys.inputs(), config=CONFIG), DeclineReason.ALREADY_REWRITTEN),
-    ):
-        with pytest.raises(Declined) as caught:
-            rewrite(model, (), toys.inputs(), config=CONFIG)
-        assert caught.value.reason is reason
-
-
-def _io() -> RewrittenModel:
-    return rewrite(toys.make(), (), toys.inputs(), config=CONFIG, state="io")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda _: None, TypeError, "teacache_state must be a dict"),
-        (lambda state: {**state, "previous_residual": torch.zeros(2, 9, 32)}, ValueError, "is it another model's"),
-        (lambda state: {**state, "step_index": torch.zeros(())}, ValueError, "must be int64"),
-        (lambda state: {"step_index": state["step_index"]}, ValueError, "has no previous_modulated_input"),
-    ],
-)  # fmt: skip
-def test_bad_states(change: Callable[[Any], Any], error: type[Exception], message: str) -> None:
-    rewritten = _io()
-    with torch.no_grad(), pytest.raises(error, match=message):
-        rewritten(**toys.inputs(), teacache_state=change(rewritten.initial_state()))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"teacache_state": {}}, "teacache_state is an argument of the form state='io'"),
-        ({"teacache_context": torch.tensor(0)}, "teacache_context, an int64 tensor"),
-        ({"guidance": torch.ones(1)}, "guidance was not given when the model was captured"),
-        ({"timestep": 3.0}, "timestep was a tensor when the model was captured, and is no tensor now"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    rewritten = rewrite(toys.make(), (), toys.inputs(), config=CONFIG)
-    with torch.no_grad(), pytest.raises(TypeError, match=message):
-        rewritten(**{**toys.inputs(), **arguments})
-    with pytest.raises(TypeError, match="encoder_hidden_states is missing"):
-        rewritten(toys.inputs()["hidden_states"], toys.inputs()["timestep"])
-
-
-def test_sizes_without_a_limit() -> None:
-    shapes = {"hidden_states": {1: Dim("tokens")}, "timestep": None, "encoder_hidden_states": None}
-    with pytest.raises(ValueError, match=r"needs room for the largest call.*Dim\(name, max=4096\)"):
-        rewrite(toys.make(), (), toys.inputs(), config=CONFIG, dynamic_shapes=shapes)
