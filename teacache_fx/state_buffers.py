@@ -81,6 +81,17 @@ class StateBuffers(nn.Module):
         """Forgets all generations: the next step of each context is computed."""
         self.get_buffer("step_index").zero_()
 
+    def fresh(self) -> dict[str, Tensor]:
+        """A state of its own before the first step, for a package of AOTInductor: by the names of the buffers there.
+
+        `package.load_constants(state, check_full_update=False, user_managed=True)` lets the package work on these
+        tensors, which must stay alive, instead of its own: to see what it decides, and for a state per request. Leave
+        out those that `package.get_constant_fqns()` does not name.
+        """
+        state = {f"teacache.{name}": torch.zeros_like(buffer) for name, buffer in self.named_buffers()}
+        state["teacache.num_inference_steps"].copy_(self.get_buffer("num_inference_steps"))
+        return state
+
     def read(self, context: Tensor | None, is_reset: Tensor | None, sizes: Sequence[Any]) -> list[Tensor]:
         """The state as inputs of the graph.
 
