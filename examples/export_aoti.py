@@ -91,7 +91,9 @@ def sample_in_cpp(tool: Path, package: Path, job: Job, state: dict[str, Tensor],
     """Samples with the package in C++: noise, prompts and state go in as a file, and latents come out as one."""
     cond, uncond = job.branches
     given = {
-        **{"latents": job.latents, "sigmas": job.sigmas, "guidance": torch.tensor(SHIPPED_GUIDANCE)},
+        "latents": job.latents,
+        "sigmas": job.sigmas,
+        "guidance": torch.tensor(SHIPPED_GUIDANCE),
         **{f"cond.{name}": tensor for name, tensor in cond.items()},
         **{f"uncond.{name}": tensor for name, tensor in uncond.items()},
         **state,

@@ -1,4 +1,4 @@
-"""What the export examples share: a plain denoising loop around the tiny model, a table of times, a grid of pictures."""
+"""What the export examples share: a plain denoising loop for the tiny model, a table of times, a grid of pictures."""
 
 from __future__ import annotations
 

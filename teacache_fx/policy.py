@@ -233,7 +233,9 @@ def relative_move(current: Tensor, previous: Tensor, per_sample: bool = False) -
     current, previous = _rows(current.to(torch.float32), per_sample), _rows(previous.to(torch.float32), per_sample)
     difference = (current - previous).abs()
     moving = torch.where(difference == 0, 0.0, previous.abs())
-    return difference.sum(-1) / (moving.sum(-1) + EPSILON)
+    total = difference.sum(-1)
+    # Exporters to ONNX take a number as small as the epsilon for a zero, and leave it out.
+    return torch.where(total == 0, 0.0, total / (moving.sum(-1) + EPSILON))
 
 
 def _rows(tensor: Tensor, per_sample: bool) -> Tensor:

@@ -84,16 +84,21 @@ def content_hash(tensor: Tensor, per_sample: bool = False, is_portable: bool = F
     place = torch.arange(rows.shape[1], dtype=torch.int64, device=rows.device)
     hashed = _mixed(bits & _BITS, place ^ _LOW).sum(1)
     if is_wide:
-        hashed = hashed + _mixed((bits >> 32) & _BITS, place ^ _HIGH).sum(1)
+        hashed = hashed + _mixed(_shifted(bits, 32) & _BITS, place ^ _HIGH).sum(1)
     return hashed if per_sample else hashed[0]
 
 
 def _mixed(bits: Tensor, place: Tensor) -> Tensor:
     """A one-to-one map of 32-bit numbers, another one at each place (below 2**32)."""
     mixed = bits ^ ((place * _PLACE) & _BITS)
-    mixed = ((mixed ^ (mixed >> 16)) * _MIX_1) & _BITS
-    mixed = ((mixed ^ (mixed >> 15)) * _MIX_2) & _BITS
-    return mixed ^ (mixed >> 15)
+    mixed = ((mixed ^ _shifted(mixed, 16)) * _MIX_1) & _BITS
+    mixed = ((mixed ^ _shifted(mixed, 15)) * _MIX_2) & _BITS
+    return mixed ^ _shifted(mixed, 15)
+
+
+def _shifted(bits: Tensor, count: int) -> Tensor:
+    """`bits >> count`, by the operator that ExecuTorch has a kernel for."""
+    return torch.bitwise_right_shift(bits, count)
 
 
 def _has_rows(tensor: Tensor, latents: Tensor, per_sample: bool) -> bool:

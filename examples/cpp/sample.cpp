@@ -57,13 +57,21 @@ void write_result(const std::string& path, const Result& result) {
   }
 }
 
+const at::Tensor& part_of(const Tensors& tensors, const std::string& name) {
+  const auto found = tensors.find(name);
+  if (found == tensors.end()) {
+    throw std::runtime_error("there is no tensor " + name);
+  }
+  return found->second;
+}
+
 // The package works on these tensors from now on, instead of buffers of its own, so that what it decides can be seen.
 // A server keeps one such state per request. The tensors must live as long as the package works on them.
 Tensors share_state(Package& package, const Tensors& job) {
   Tensors state;
   for (const std::string& name : package.get_constant_fqns()) {
     if (name.rfind("teacache.", 0) == 0) {
-      state.emplace(name, job.at(name));
+      state.emplace(name, part_of(job, name));
     }
   }
   package.load_constants(state, /*use_inactive=*/false, /*check_full_update=*/false, /*user_managed=*/true);
@@ -73,9 +81,9 @@ Tensors share_state(Package& package, const Tensors& job) {
 // Euler's method from noise to latents, guided by two calls a step.
 Result sample(Package& package, const Tensors& job) {
   const Tensors state = share_state(package, job);
-  const at::Tensor sigmas = job.at("sigmas");
+  const at::Tensor sigmas = part_of(job, "sigmas");
   const int64_t steps = sigmas.size(0) - 1;
-  at::Tensor latents = job.at("latents");
+  at::Tensor latents = part_of(job, "latents");
   const at::Tensor seconds = at::zeros({steps, 2}, at::kDouble);
   const at::Tensor skipped = at::zeros({steps, 2}, at::kBool);
   for (int64_t step = 0; step < steps; ++step) {
@@ -88,18 +96,18 @@ Result sample(Package& package, const Tensors& job) {
       predicted[branch] = package.run({
           latents,
           timestep,
-          job.at(prefix + "encoder_hidden_states"),
-          job.at(prefix + "pooled_projections"),
-          job.at(prefix + "img_ids"),
-          job.at(prefix + "txt_ids"),
+          part_of(job, prefix + "encoder_hidden_states"),
+          part_of(job, prefix + "pooled_projections"),
+          part_of(job, prefix + "img_ids"),
+          part_of(job, prefix + "txt_ids"),
           at::scalar_tensor(step == 0, at::kBool),  // teacache_reset: a new generation begins
           at::scalar_tensor(branch, at::kLong),     // teacache_context
       })[0];
       const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - started;
       seconds[step][branch] = elapsed.count();
-      skipped[step][branch] = state.at("teacache.reason")[branch].item<int64_t>() == kSkipped;
+      skipped[step][branch] = part_of(state, "teacache.reason")[branch].item<int64_t>() == kSkipped;
     }
-    const at::Tensor velocity = predicted[1] + job.at("guidance") * (predicted[0] - predicted[1]);
+    const at::Tensor velocity = predicted[1] + part_of(job, "guidance") * (predicted[0] - predicted[1]);
     latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity;
   }
   return {latents, seconds.flatten(), skipped.flatten()};

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import teacache_fx
 from teacache_fx import TeaCacheConfig
+from teacache_fx.rewritten_model import RewrittenModel
 from teacache_fx.verification import verify_export
 from teacache_fx.verified_steps import Verification
 from tests import toys
 
+ONNX_WARNS = pytest.mark.filterwarnings(  # where torch copies programs, and where it writes ONNX
+    "ignore:.isinstance.treespec, LeafSpec:FutureWarning",
+    "ignore::DeprecationWarning:onnxscript",
+    "ignore:overflow encountered in cast:RuntimeWarning",
+    "ignore:# The axis name. batch will not be used:UserWarning",
+)
 CONFIG = TeaCacheConfig(0.2, (1.0, 0.0))
 
 
@@ -52,6 +61,20 @@ def export(
 def verify(program: Any, **options: Any) -> Verification:
     """Against the toy, with the settings that were exported."""
     return verify_export(program, toys.make(), (), toys.inputs(), **{"config": CONFIG, **options})
+
+
+def onnx_file(model: nn.Module, kwargs: dict[str, Any], folder: Path, dynamic_shapes: Any = None) -> Path:
+    """The model in ONNX; skips the test where a package for that is missing."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    path = folder / "toy.onnx"
+    names = model.output_names if isinstance(model, RewrittenModel) else None
+    program = torch.onnx.export(
+        model, (), kwargs=kwargs, dynamic_shapes=dynamic_shapes, output_names=names, dynamo=True, verbose=False
+    )
+    assert program is not None
+    program.save(path)
+    return path
 
 
 def decisions(verification: Verification) -> str:
