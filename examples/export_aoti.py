@@ -109,8 +109,16 @@ def _build(folder: Path) -> Path:
     cmake = shutil.which("cmake")
     if cmake is None:
         raise SystemExit("error: --cpp needs CMake and a C++ compiler; leave it out, or install them")
-    configure = [cmake, "-S", CPP, "-B", folder, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
-    for command in (configure, [cmake, "--build", folder, "--config", "Release"]):
+    configure: list[str | Path] = [
+        cmake,
+        "-S",
+        CPP,
+        "-B",
+        folder,
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+    ]
+    build: list[str | Path] = [cmake, "--build", folder, "--config", "Release"]
+    for command in (configure, build):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise SystemExit(f"error: building {CPP} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

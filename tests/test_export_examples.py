@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,24 @@ import torch
 from PIL import Image
 
 from examples import export_aoti, export_onnx
-from examples.exported_sampling import COND, Samples, denoise, load_job
+from examples.exported_sampling import COND, Job, Samples, arguments, denoise, load_job, save
 from examples.tiny_flux.checker import read_picture
 
-SAVE = export_aoti.save
 STEPS = 12
 PROMPTS = ["a red circle on a blue background", "a small yellow ring on a purple background at the top left"]
 COMMAND = ["--steps", str(STEPS), "--prompts", *PROMPTS]
+
+
+def _kept(example: Any, monkeypatch: pytest.MonkeyPatch) -> list[Samples]:
+    """What an example saves; it saves it as well."""
+    made: list[Samples] = []
+
+    def keep(rows: Sequence[Samples], job: Job, folder: Path) -> None:
+        made.extend(rows)
+        save(rows, job, folder)
+
+    monkeypatch.setattr(example, "save", keep)
+    return made
 
 
 def _rows(table: Path) -> dict[tuple[str, str], int]:
@@ -65,8 +77,7 @@ def test_aotinductor_in_python_and_in_cpp(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     has_compiler = shutil.which("cmake") is not None and shutil.which("c++") is not None
-    made: list[Samples] = []
-    monkeypatch.setattr(export_aoti, "save", lambda rows, *rest: (made.extend(rows), SAVE(rows, *rest)))
+    made = _kept(export_aoti, monkeypatch)
     export_aoti.main([*COMMAND, "--output", str(tmp_path / "new"), *(["--cpp"] if has_compiler else [])])
     for samples in made:
         _say_what_they_show(samples)
@@ -108,8 +119,7 @@ def _refuses_what_is_wrong(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 def test_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Samples] = []
-    monkeypatch.setattr(export_onnx, "save", lambda rows, *rest: (made.extend(rows), SAVE(rows, *rest)))
+    made = _kept(export_onnx, monkeypatch)
     export_onnx.main([*COMMAND, "--output", str(tmp_path)])
     for samples in made:
         _say_what_they_show(samples)
@@ -140,7 +150,7 @@ def test_bad_command_lines(
 
 def test_the_loop_is_the_pipelines(tmp_path: Path) -> None:
     """The plain loop gives the picture that diffusers' own pipeline gives."""
-    args = export_onnx.arguments("", [*COMMAND, "--output", str(tmp_path)], tmp_path)
+    args = arguments("", [*COMMAND, "--output", str(tmp_path)], tmp_path)
     pipe, job = load_job(args)
     transformer = pipe.transformer
     mine = denoise("eager", job, lambda _, inputs: (transformer(**inputs, return_dict=False)[0], False))

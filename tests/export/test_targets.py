@@ -18,9 +18,9 @@ from teacache_fx import rewrite
 from teacache_fx.policy import StepReason
 from teacache_fx.verification import verify_export
 from tests import toys
-from tests.export.verifying import CONFIG, ONNX_WARNS, decisions, onnx_file
+from tests.export.verifying import CONFIG, TORCH_WARNS, decisions, onnx_file
 
-pytestmark = ONNX_WARNS
+pytestmark = TORCH_WARNS
 
 _BATCH = Dim("batch", min=1, max=8)
 SIZES: dict[str, Any] = {
@@ -191,8 +191,7 @@ def test_onnx_in_bfloat16(tmp_path: Path) -> None:
 
 def test_executorch(tmp_path: Path) -> None:
     exir = pytest.importorskip("executorch.exir", reason="ExecuTorch is not installed")
-    from executorch.runtime import Runtime
-
+    runtime = pytest.importorskip("executorch.runtime").Runtime.get()
     steps = _steps()
     rewritten = rewrite(toys.make(), (), steps[0], config=CONFIG, state="io")
     state = rewritten.initial_state()
@@ -200,7 +199,7 @@ def test_executorch(tmp_path: Path) -> None:
     shift = torch.ops.aten.bitwise_right_shift.Tensor_Scalar
     edge = exir.to_edge(program, compile_config=exir.EdgeCompileConfig(_core_aten_ops_exception_list=[shift]))
     (tmp_path / "toy.pte").write_bytes(edge.to_executorch().buffer)
-    method = Runtime.get().load_program(tmp_path / "toy.pte").load_method("forward")
+    method = runtime.load_program(tmp_path / "toy.pte").load_method("forward")
     skips = []
     for step, expected in zip(steps, _expected(steps), strict=True):
         output, *following = (tensor.clone() for tensor in method.execute([*step.values(), *state.values()]))

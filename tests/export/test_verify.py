@@ -16,7 +16,7 @@ from teacache_fx.errors import VerificationError
 from teacache_fx.verification import verify_export
 from teacache_fx.verified_steps import ExportError
 from tests import toys
-from tests.export.verifying import CONFIG, ONNX_WARNS, Forgetful, decisions, export, onnx_file, verify
+from tests.export.verifying import CONFIG, TORCH_WARNS, Forgetful, decisions, export, onnx_file, verify
 
 RESET, CONTEXT = {"teacache_reset": torch.tensor(False)}, {"teacache_context": torch.tensor(1)}
 
@@ -46,7 +46,7 @@ def test_programs_of_export(own: dict[str, Tensor], options: dict[str, Any]) -> 
     assert all(not tensor.any() for name, tensor in program.state_dict.items() if "teacache" in name), "its own state"
 
 
-@ONNX_WARNS
+@TORCH_WARNS
 def test_saved_and_decomposed(program: ExportedProgram, tmp_path: Path) -> None:
     torch.export.save(program.run_decompositions(), tmp_path / "toy.pt2")
     verification = verify(tmp_path / "toy.pt2")
@@ -57,7 +57,7 @@ def test_saved_and_decomposed(program: ExportedProgram, tmp_path: Path) -> None:
     assert distances == [number if number is None else pytest.approx(number, abs=0.02) for number in wanted]
 
 
-@ONNX_WARNS
+@TORCH_WARNS
 def test_packages_of_aotinductor(program: ExportedProgram, tmp_path: Path) -> None:
     path = str(tmp_path / "toy.pt2")
     torch._inductor.aoti_compile_and_package(program, package_path=path)
@@ -77,7 +77,7 @@ def test_packages_of_aotinductor(program: ExportedProgram, tmp_path: Path) -> No
         verify_export(path, toys.make(), (), larger, config=CONFIG)
 
 
-@ONNX_WARNS
+@TORCH_WARNS
 def test_onnx_files(tmp_path: Path) -> None:
     rewritten = teacache_fx.rewrite(toys.make(), (), toys.inputs(), config=CONFIG, state="io")
     path = onnx_file(rewritten, {**toys.inputs(), "teacache_state": rewritten.initial_state()}, tmp_path)
@@ -90,7 +90,7 @@ def test_onnx_files(tmp_path: Path) -> None:
         verify_export(path, toys.make(), (), toys.inputs(batch=3), config=CONFIG)
 
 
-@ONNX_WARNS
+@TORCH_WARNS
 def test_onnx_files_without_a_cache(tmp_path: Path) -> None:
     for model in (toys.make(), Forgetful(toys.make(), toys.inputs()).eval()):
         path = onnx_file(model, toys.inputs(), tmp_path)

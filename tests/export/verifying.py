@@ -17,7 +17,7 @@ from teacache_fx.verification import verify_export
 from teacache_fx.verified_steps import Verification
 from tests import toys
 
-ONNX_WARNS = pytest.mark.filterwarnings(  # where torch copies programs, and where it writes ONNX
+TORCH_WARNS = pytest.mark.filterwarnings(  # where torch copies programs, and where it writes ONNX
     "ignore:.isinstance.treespec, LeafSpec:FutureWarning",
     "ignore::DeprecationWarning:onnxscript",
     "ignore:overflow encountered in cast:RuntimeWarning",
