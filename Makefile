@@ -52,6 +52,8 @@ bench: venv ## Measure compile time and the cost of each kind of step
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.call_overhead
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.export_time
+	$(BIN)/python -m benchmarks.export_time --runtime onnx
 
 train: venv ## Train the demo's model anew (about an hour on 2 cores); resumes after an interruption
 	$(BIN)/python -m examples.train_tiny_flux --out out/train

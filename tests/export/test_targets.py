@@ -127,6 +127,14 @@ def test_onnx_files_of_varying_sizes(varying_file: Path) -> None:
         assert decisions(verification) == "cscsccss"
 
 
+def test_onnx_in_float16(tmp_path: Path) -> None:
+    steps = _steps(torch.float16)
+    rewritten = rewrite(toys.make().half(), (), steps[0], config=CONFIG, state="io")
+    path = onnx_file(rewritten, {**steps[0], "teacache_state": rewritten.initial_state()}, tmp_path)
+    verification = verify_export(path, toys.make().half(), (), steps[0], config=CONFIG)
+    assert {"skipped", "computed"} <= {step.found for step in verification.steps}
+
+
 def test_onnx_skips_run_less(varying_file: Path, tmp_path: Path) -> None:
     """ONNX Runtime's own profile of a computed and of a skipped step: the `If` goes both ways."""
     import onnxruntime
