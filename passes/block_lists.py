@@ -38,6 +38,11 @@ class Blocks:
         return [node for element in self.elements for node in element]
 
     @property
+    def last_matmul(self) -> fx.Node:
+        """The last matrix product of the last block."""
+        return next(node for node in reversed(self.elements[-1]) if is_matmul(node))
+
+    @property
     def work(self) -> int:
         """FLOPs of all blocks, at the captured sizes."""
         return captured_flops(self.nodes)

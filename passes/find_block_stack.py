@@ -24,7 +24,7 @@ from teacache_fx.passes.block_lists import (
     is_repeated,
     keeps_shapes,
 )
-from teacache_fx.passes.input_roles import embedded_latents, find_latents
+from teacache_fx.passes.input_roles import carried_latents, embedded_latents, find_latents
 from teacache_fx.passes.pair_live_outputs import LivePair, describe_pairs, pair_live_outputs
 from teacache_fx.passes.repetition import blocks_by_repetition
 from teacache_fx.plan import BlockStack
@@ -66,19 +66,19 @@ class FindBlockStack:
         refusal: Declined | None = None
         for latents in _latents(gm, ctx.is_fragment):
             try:
-                ctx.stack = self._stack(flow, latents)
+                ctx.stack = self._stack(flow, latents, carried_latents(flow, latents, ctx.is_fragment))
                 return False
             except Declined as declined:
                 refusal = refusal or declined
         assert refusal is not None
         raise refusal
 
-    def _stack(self, flow: Dataflow, latents: fx.Node) -> BlockStack:
-        dependent = flow.forward([latents]) & flow.live
-        lists = _qualifying_lists(flow, dependent, self.smallest_share)
+    def _stack(self, flow: Dataflow, latents: fx.Node, carried: set[fx.Node]) -> BlockStack:
+        dependent = flow.forward([latents]) & flow.live  # with sizes and the checks of them, to come along
+        lists = [b for b in _qualifying_lists(flow, dependent, self.smallest_share) if b.last_matmul in carried]
         if not lists:
-            raise _no_stack(flow, dependent)
-        lists, pairs, region = self._paired(flow, lists, dependent)
+            raise _no_stack(flow, dependent & carried)
+        lists, pairs, region = self._paired(flow, lists, dependent, carried)
         return BlockStack(
             lists=tuple(blocks.describe() for blocks in lists),
             latents=latents.name,
@@ -86,7 +86,9 @@ class FindBlockStack:
             live_outputs=describe_pairs(pairs, flow, latents),
         )
 
-    def _paired(self, flow: Dataflow, lists: list[Blocks], dependent: set[fx.Node]) -> _Paired:
+    def _paired(
+        self, flow: Dataflow, lists: list[Blocks], dependent: set[fx.Node], carried: set[fx.Node]
+    ) -> _Paired:
         """The lists with a residual for what leaves them.
 
         Image refiners come before text joins the sequence: of the whole nothing that enters is shaped like what leaves.
@@ -100,7 +102,7 @@ class FindBlockStack:
             owned = {node for blocks in kept for node in blocks.nodes}
             core = _between(flow, owned & dependent) & flow.live
             try:
-                return kept, *pair_live_outputs(flow, core, dependent)
+                return kept, *pair_live_outputs(flow, core, carried)
             except Declined as declined:
                 refusal = refusal or declined
                 if declined.reason is not DeclineReason.NO_MATCHING_INPUT:
@@ -119,12 +121,10 @@ def _are_apart(lists: Sequence[Blocks]) -> bool:
 
 
 def _latents(gm: fx.GraphModule, is_fragment: bool) -> list[fx.Node]:
-    try:
-        return [find_latents(gm)]
-    except Declined:
-        if is_fragment and (candidates := embedded_latents(gm)):
-            return candidates
-        raise
+    """Inputs that may be the latents, the likeliest first."""
+    if is_fragment and (candidates := embedded_latents(gm)):
+        return candidates
+    return [find_latents(gm)]
 
 
 def _qualifying_lists(flow: Dataflow, dependent: set[fx.Node], smallest_share: float) -> list[Blocks]:

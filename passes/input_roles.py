@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from teacache_fx.argument_names import ENOUGH, LATENT_NAMES, says_time
-from teacache_fx.dataflow import Dataflow
+from teacache_fx.dataflow import Dataflow, takes_only_form
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import is_matmul
 from teacache_fx.graph import argument_name, fake_tensors, fake_value, is_user_input, op_name, same_shape, same_size
@@ -14,8 +14,6 @@ from teacache_fx.passes.base import output_arguments
 
 _SINUSOIDS = {"sin", "cos", "sin_", "cos_"}
 _FROM_NUMBERS = {"tensor", "scalar_tensor", "as_tensor", "full", "full_like", "new_full", "mul", "truediv", "add"}
-_MAKERS = ("empty_like", "full_like", "new_", "ones_like", "rand_like", "randn_like", "zeros_like")
-_LIKE_OTHERS = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 
 
 def find_latents(gm: fx.GraphModule) -> fx.Node:
@@ -24,7 +22,7 @@ def find_latents(gm: fx.GraphModule) -> fx.Node:
     Raises:
         Declined: NO_LATENTS if no input has as many dimensions as an output.
     """
-    outputs = [tensor for node in output_arguments(gm) if isinstance(node, fx.Node) for tensor in fake_tensors(node)]
+    outputs = _output_tensors(gm)
     best: tuple[tuple[int, ...], fx.Node] | None = None
     for node in _possible_latents(gm):
         for value in fake_tensors(node):
@@ -44,12 +42,23 @@ def find_latents(gm: fx.GraphModule) -> fx.Node:
 
 
 def embedded_latents(gm: fx.GraphModule) -> list[fx.Node]:
-    """Inputs of a graph behind a graph break that may hold the embedded latents, the likeliest first.
+    """Inputs of a graph behind a graph break that may hold the latents, embedded or not, the likeliest first.
 
-    Nothing there need be shaped like the output; but their name lives on, and they are tokens.
+    Those that are shaped like an output are the latents as they were given. What they are embedded in need not be
+    shaped so; but their name lives on, and they are tokens.
     """
+    outputs = _output_tensors(gm)
+
+    def likeliness(node: fx.Node) -> tuple[bool, int]:
+        is_given = any(same_shape(value, output) for value in fake_tensors(node) for output in outputs)
+        return is_given, "hidden_states" in argument_name(node) or _name_rank(node)
+
     tokens = [node for node in _possible_latents(gm) if fake_tensors(node)[0].ndim >= 3]
-    return sorted(tokens, key=lambda node: "hidden_states" in argument_name(node) or _name_rank(node), reverse=True)
+    return sorted(tokens, key=likeliness, reverse=True)
+
+
+def _output_tensors(gm: fx.GraphModule) -> list[torch.Tensor]:
+    return [tensor for node in output_arguments(gm) if isinstance(node, fx.Node) for tensor in fake_tensors(node)]
 
 
 def _possible_latents(gm: fx.GraphModule) -> list[fx.Node]:
@@ -72,7 +81,7 @@ def find_timestep(flow: Dataflow, latents: str) -> fx.Node:
     Raises:
         Declined: NO_TIMESTEP.
     """
-    carried = _carried(flow, next(node for node in flow.nodes if node.name == latents))
+    carried = flow.carried(node for node in flow.nodes if node.name == latents)
     scores = {
         node: _time_score(node, flow, carried)
         for node in flow.nodes
@@ -129,17 +138,6 @@ def _num_dimensions(node: fx.Node) -> int:
     return next((tensor.ndim for tensor in fake_tensors(node)), 0)
 
 
-def _carried(flow: Dataflow, latents: fx.Node) -> set[fx.Node]:
-    """What is computed from the values of the latents, not from their shape or type alone."""
-    todo, seen = [latents], set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += [user for user in flow.successors[node] if fake_tensors(user) and not _takes_only_form(user, node)]
-    return seen
-
-
 def _is_embedded(node: fx.Node, flow: Dataflow, carried: set[fx.Node]) -> bool:
     """Whether its sines or cosines enter a matrix product by themselves.
 
@@ -149,7 +147,7 @@ def _is_embedded(node: fx.Node, flow: Dataflow, carried: set[fx.Node]) -> bool:
     while todo:
         current, is_wave = todo.pop()
         for user in flow.successors[current]:
-            if user in carried or _takes_only_form(user, current):
+            if user in carried or takes_only_form(user, current):
                 continue
             if is_matmul(user):
                 if is_wave:
@@ -160,12 +158,6 @@ def _is_embedded(node: fx.Node, flow: Dataflow, carried: set[fx.Node]) -> bool:
                 seen.add(step)
                 todo.append(step)
     return False
-
-
-def _takes_only_form(user: fx.Node, node: fx.Node) -> bool:
-    """Whether the user takes the shape or the type of the node, and none of its values."""
-    name, is_first = op_name(user), bool(user.args) and user.args[0] is node
-    return (is_first and name.startswith(_MAKERS)) or (not is_first and name in _LIKE_OTHERS)
 
 
 def steady_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[fx.Node]:
@@ -195,22 +187,39 @@ def _is_embedding(value: torch.Tensor) -> bool:
     return value.is_floating_point() and value.ndim > 1
 
 
+def carried_latents(flow: Dataflow, latents: fx.Node, is_fragment: bool) -> set[fx.Node]:
+    """All that is computed from the latents, those of a second modality included."""
+    return flow.carried([latents, *([] if is_fragment else _further_latents(flow, latents))])
+
+
 def _further_latents(flow: Dataflow, latents: fx.Node) -> list[fx.Node]:
-    """One input for each output beyond the one that the latents are denoised to."""
+    """One input for each output beyond the one that the latents are denoised to.
+
+    Latents with an image to begin with have more channels than what they are denoised to. But then so might a prompt,
+    so they must be called latents.
+    """
     output = next(node for node in reversed(flow.nodes) if node.op == "output")
     results = [tensor for node in output.all_input_nodes for tensor in fake_tensors(node)]
-    _claim(results, fake_tensors(latents)[0])
-    return [
-        node
-        for node in flow.nodes
-        if is_user_input(node) and node is not latents and isinstance(fake_value(node), torch.Tensor)
-        if _is_embedding(fake_tensors(node)[0]) and _claim(results, fake_tensors(node)[0])
-    ]
+    inputs = [node for node in flow.nodes if is_user_input(node) and isinstance(fake_value(node), torch.Tensor)]
+    inputs = [node for node in inputs if node is not latents and _is_embedding(fake_tensors(node)[0])]
+    if not _claim(results, latents, 0):
+        _claim(results, latents, 1)
+    further = [node for node in inputs if _claim(results, node, 0)]
+    named = [node for node in inputs if node not in further and _is_named_latents(node)]
+    return further + [node for node in named if _claim(results, node, 1)]
 
 
-def _claim(results: list[torch.Tensor], value: torch.Tensor) -> bool:
+def _is_named_latents(node: fx.Node) -> bool:
+    name = argument_name(node)
+    is_like = name.endswith(("hidden_states", "latents")) and not name.startswith("encoder_")
+    return is_like or name in LATENT_NAMES
+
+
+def _claim(results: list[torch.Tensor], node: fx.Node, most_unequal: int) -> bool:
+    """Takes the first result out that is shaped like the node but for so many sizes, if there is one."""
+    shape = fake_tensors(node)[0].shape
     for position, result in enumerate(results):
-        if same_shape(result, value):
+        if result.ndim == len(shape) and sum(map(same_size, result.shape, shape)) + most_unequal >= result.ndim:
             del results[position]
             return True
     return False

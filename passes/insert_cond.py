@@ -22,6 +22,7 @@ from teacache_fx.trajectory import gather_evidence
 
 _NUM_SCALARS = len(PolicyState._fields)
 _CLONE = torch.ops.aten.clone.default
+_IDLE = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)  # what tracing leaves of `view(dtype)`
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,8 @@ def _insert_policy(
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             copies[node] = next(leaves)
+        elif node.target in _IDLE:
+            copies[node] = copies[node.args[0]]
         elif node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {}

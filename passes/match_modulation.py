@@ -15,7 +15,7 @@ from teacache_fx.fragments import CALL_INPUTS
 from teacache_fx.graph import fake_tensors, fake_value, is_join, same_shape, tensor_of
 from teacache_fx.module_paths import module_path
 from teacache_fx.passes.base import PassContext, nodes_by_name
-from teacache_fx.passes.input_roles import embedded_times, find_timestep
+from teacache_fx.passes.input_roles import carried_latents, embedded_times, find_timestep
 from teacache_fx.passes.modulation_patterns import name_pattern
 from teacache_fx.plan import BlockList, Modulation
 
@@ -43,12 +43,12 @@ class MatchModulation:
         assert ctx.stack is not None
         flow = ctx.dataflow(gm)
         by_name = nodes_by_name(gm)
-        dependent = flow.forward([by_name[ctx.stack.latents]])
+        dependent = carried_latents(flow, by_name[ctx.stack.latents], ctx.is_fragment)
         timestep = by_name[CALL_INPUTS[0]] if ctx.is_fragment else find_timestep(flow, ctx.stack.latents)
         bases = [by_name[live.base] for live in ctx.stack.live_outputs]
         matmul, indicator = _find_indicator([by_name[name] for name in ctx.stack.region], dependent, bases)
         block = _block_path(matmul, ctx.stack.lists)
-        timed = flow.forward(embedded_times(flow, ctx.stack.latents) if ctx.is_fragment else [timestep])
+        timed = flow.carried(embedded_times(flow, ctx.stack.latents) if ctx.is_fragment else [timestep])
         pattern = name_pattern(indicator, timed, dependent, block)
         ctx.modulation = Modulation(indicator.name, pattern, timestep.name, block)
         return False
@@ -66,8 +66,8 @@ def _block_path(node: fx.Node, lists: tuple[BlockList, ...]) -> str:
 
 def _find_indicator(region: list[fx.Node], dependent: set[fx.Node], bases: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
     for matmul in region:
-        if is_matmul(matmul):
-            tokens = [argument for argument in matmul.all_input_nodes if argument in dependent]
+        tokens = [argument for argument in matmul.all_input_nodes if argument in dependent] if is_matmul(matmul) else []
+        if tokens:
             indicator = _pointwise_source(tokens[0], dependent, bases)
             if fake_tensors(indicator) and fake_tensors(indicator)[0].is_floating_point():
                 return matmul, indicator

@@ -17,8 +17,9 @@ _TIME_WORDS = {
 def says_time(name: str, ndim: int) -> int:
     """How much name and number of dimensions of an argument say that it is a timestep, from 0 to 4.
 
-    Per sample, token or frame it has up to three dimensions; `t` with three is as likely to be text.
+    Per sample, token or frame it has up to three dimensions; `t` with three is as likely to be text. What is called a
+    timestep in full is one with as many dimensions as the latents too, such as [batch, 1, frames, 1, 1].
     """
-    if ndim > (2 if name == "t" else 3):
-        return 0
-    return _TIME_WORDS.get(name, ENOUGH if "timestep" in name else 0)
+    score = _TIME_WORDS.get(name, ENOUGH if "timestep" in name else 0)
+    most = 2 if name == "t" else 5 if score > ENOUGH else 3
+    return score if ndim <= most else 0

@@ -18,9 +18,11 @@ from collections.abc import Collection, Iterable, Iterator
 import torch
 from torch import fx
 
-from teacache_fx.graph import fake_value, occupies, op_name, storages, written_arguments
+from teacache_fx.graph import fake_value, is_unbacked, occupies, op_name, storages, written_arguments
 
 _MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+_MAKERS = ("empty_like", "full_like", "new_", "ones_like", "rand_like", "randn_like", "zeros_like")
+_LIKE_OTHERS = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 _Edges = dict[fx.Node, list[fx.Node]]
 _MemoryEdges = defaultdict[fx.Node, list[tuple[int, fx.Node]]]  # each with the storage that it is about
 
@@ -97,6 +99,21 @@ class Dataflow:
         """All that depends on the starts, themselves included, other than through a node of `stop` alone."""
         return _reach(starts, self.successors, self._readers_behind, stop)
 
+    def carried(self, starts: Iterable[fx.Node]) -> set[fx.Node]:
+        """All that is computed from the values of the starts, themselves included.
+
+        What takes no more of them than shape, dtype or device does not depend on them: `temb.type_as(hidden_states)`.
+        Memory that they are written into does: `hidden_states.new_zeros(shape)`, once tokens have been put there.
+        """
+        reached, todo = set[fx.Node](), list(starts)
+        while todo:
+            node = todo.pop()
+            if node not in reached:
+                reached.add(node)
+                todo += [user for user in self.successors[node] if not _is_form(user) and not takes_only_form(user, node)]
+        filled = {storage for storage, writers in self.writers.items() if not reached.isdisjoint(writers)}
+        return reached | {node for node in self.nodes if filled and self.storages(node) & filled}
+
     def sort(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """The nodes in graph order."""
         return sorted(nodes, key=self.order.__getitem__)
@@ -145,6 +162,18 @@ def transforms(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
             stretches[-1].append(node)
         level -= op_name(node).endswith("_decrement_nesting")
     return stretches
+
+
+def takes_only_form(user: fx.Node, node: fx.Node) -> bool:
+    """Whether the user takes the shape, dtype or device of the node, and none of its values."""
+    name, is_first = op_name(user), bool(user.args) and user.args[0] is node
+    return (is_first and name.startswith(_MAKERS)) or (not is_first and name in _LIKE_OTHERS)
+
+
+def _is_form(node: fx.Node) -> bool:
+    """Whether the node yields sizes alone, which follow from shapes; a number read from a tensor's values is none."""
+    leaves = torch.utils._pytree.tree_leaves(fake_value(node))
+    return all(isinstance(leaf, (int, torch.SymInt, torch.Size)) and not is_unbacked(leaf) for leaf in leaves)
 
 
 def is_mode(node: fx.Node) -> bool:

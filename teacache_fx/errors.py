@@ -28,6 +28,7 @@ class DeclineReason(enum.Enum):
     NOT_A_MODEL = "not a model"
     ALREADY_REWRITTEN = "already rewritten"
     NOT_EXPORTABLE = "torch.export does not take the model"
+    INTERNAL_ERROR = "an error within teacache_fx"
 
     @property
     def remedy(self) -> str:
@@ -76,6 +77,9 @@ _REMEDIES = {
     DeclineReason.NOT_A_MODEL: "compile an nn.Module with parameters and call it with tensors",
     DeclineReason.ALREADY_REWRITTEN: "rewrite the original model once",
     DeclineReason.NOT_EXPORTABLE: "use torch.compile(model, backend=TeaCacheBackend(...)), which needs no export",
+    DeclineReason.INTERNAL_ERROR: (
+        "the model runs uncached; please report this, with what TORCH_LOGS='+teacache_fx' and on_decline='raise' print"
+    ),
 }
 
 
@@ -106,6 +110,7 @@ class TeaCacheWarning(UserWarning):
 class VerificationError(AssertionError):
     """Something does not compute what it must.
 
-    Raised as such, a rewriting pass broke the contract of the graph: a bug of this package, never of the user's model.
-    `verify_export` raises its subclass `ExportError`, of programs that may have been made in any way.
+    Raised as such, a rewriting pass broke the contract of the graph: a bug of this package, never of the user's model,
+    which is declined for it (INTERNAL_ERROR). `verify_export` raises its subclass `ExportError`, of programs that may
+    have been made in any way.
     """

@@ -91,7 +91,6 @@ class Pipeline:
 
         Raises:
             Declined: the graph cannot be rewritten.
-            VerificationError: a pass broke its contract.
         """
         plan = self.context.plan
         self.context.policy, self.context.is_portable = policy_of(config), is_portable
@@ -109,9 +108,16 @@ class Pipeline:
 
     def _run(self, step: Pass) -> None:
         started = time.perf_counter()
-        changed = step(self.gm, self.context)
-        if changed:
-            verify(self.gm, self._known, step.name)
+        try:
+            changed = step(self.gm, self.context)
+            if changed:
+                verify(self.gm, self._known, step.name)
+        except Declined:
+            raise
+        except Exception as error:  # a bug of ours must not take the user's model down with it
+            cause = str(error).partition("\n")[0]
+            detail = f"{step.name} failed with {type(error).__name__}: {cause}"
+            raise Declined(DeclineReason.INTERNAL_ERROR, detail) from error
         self.timings[step.name] = time.perf_counter() - started
         log.info("%s: %s, %.1f ms", step.name, "changed" if changed else "read", 1e3 * self.timings[step.name])
         if self._observer is not None:

@@ -28,6 +28,21 @@ class EarlyBreakDiT(toys.ToyDiT):
         return super().run_blocks(hidden_states, text, temb)
 
 
+class MaskedEarlyBreakDiT(EarlyBreakDiT):
+    """Joins text and latents before the break; the mask behind it has as many dimensions as the picture it returns."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        words = encoder_hidden_states.shape[1]
+        mask = torch.zeros(len(hidden_states), 1, 1, words + hidden_states.shape[1])
+        hidden_states = torch.cat([self.context_embedder(encoder_hidden_states), self.x_embedder(hidden_states)], 1)
+        temb = self.embed_time(timestep)
+        torch._dynamo.graph_break()
+        for block in self.blocks:
+            hidden_states = block(hidden_states + mask.mean(), hidden_states[:, :words], temb)
+        sample: Tensor = self.proj_out(self.norm_out(hidden_states))[:, words:]
+        return sample.unflatten(1, (2, -1))
+
+
 class HostMlp(nn.Module):
     """Looks at its values on the host, as a mixture of experts does that counts its tokens."""
 
@@ -71,10 +86,11 @@ def test_plain_compile_names_the_break() -> None:
     assert "capture_scalar_outputs" in str(declined)
 
 
-def test_blocks_behind_a_break_are_cached_through_the_hook() -> None:
-    model, inputs = toys.make(EarlyBreakDiT), toys.inputs()
+@pytest.mark.parametrize("kind", [EarlyBreakDiT, MaskedEarlyBreakDiT])
+def test_blocks_behind_a_break_are_cached_through_the_hook(kind: type[toys.ToyDiT]) -> None:
+    model, inputs = toys.make(kind), toys.inputs()
     backend = _backend(on_decline="raise")
-    reference = toys.make(EarlyBreakDiT)
+    reference = toys.make(kind)
     apply_teacache_hook(model, backend)
     both = measure(reference, model, backend, inputs, _moved(inputs))
     assert both.skipped == (False, True, True)

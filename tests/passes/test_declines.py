@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from teacache_fx import Declined, DeclineReason, TeaCacheBackend, TeaCacheWarning
+from teacache_fx.passes import PIPELINE
 from teacache_fx.pipeline import Pipeline
 from teacache_fx.render import render
 from tests import toys
@@ -153,6 +154,25 @@ def test_model_without_parameters() -> None:
     backend = TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager", on_decline="raise")
     with torch.no_grad(), pytest.raises(Declined, match="Parameterless has no parameters"):
         torch.compile(toys.Parameterless(), backend=backend)(**toys.inputs())
+
+
+@pytest.mark.parametrize("name", ["find-block-stack", "insert-cond"])
+def test_a_bug_of_ours_leaves_the_model_running(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = next(step for step in PIPELINE if step.name == name)
+
+    def fail(*_: object) -> bool:
+        raise KeyError("x_embedder\nand much more")
+
+    monkeypatch.setattr(type(broken), "__call__", fail)
+    model, backend = toys.make(), TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager")
+    message = f"an error within teacache_fx: {name} failed with KeyError: .*x_embedder.*please report"
+    with torch.no_grad(), pytest.warns(TeaCacheWarning, match=message):
+        output = torch.compile(model, backend=backend)(**toys.inputs())
+    assert torch.equal(output, model(**toys.inputs()))
+    raising = TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager", on_decline="raise")
+    with torch.no_grad(), pytest.raises(Declined) as caught:
+        torch.compile(model, backend=raising)(**toys.inputs())
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_rewriting_twice() -> None:

@@ -107,7 +107,7 @@ class CalledWithWeightsDit(Dit):
 
     def trunk(self, x: Tensor, c: Tensor) -> Tensor:
         skeleton: nn.Module = self.__dict__["skeleton"]
-        names = list(skeleton.state_dict())
+        names = [name for name, _ in skeleton.named_parameters()]
         for i in range(DEPTH):
             weights = {name: getattr(self, name.replace(".", "_"))[i] for name in names}
             x = torch.func.functional_call(skeleton, weights, (x, c))

@@ -11,10 +11,16 @@ from torch import nn
 
 from teacache_fx import TeaCacheBackend
 from tests.both_branches import ALWAYS_SKIP, measure
-from tests.shapes import containers, functional, interfaces, layouts
+from tests.shapes import containers, functional, interfaces, layouts, modalities
 from tests.shapes.parts import Expected
 
-CASES: dict[str, Expected] = {**containers.CASES, **functional.CASES, **interfaces.CASES, **layouts.CASES}
+CASES: dict[str, Expected] = {
+    **containers.CASES,
+    **functional.CASES,
+    **interfaces.CASES,
+    **layouts.CASES,
+    **modalities.CASES,
+}
 
 
 def _make(expected: Expected) -> nn.Module:

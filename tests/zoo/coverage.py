@@ -92,10 +92,19 @@ def export_of(entry: Entry) -> str:
 
     branches = compare(plain, step, inputs, move_latents(entry, inputs))
     assert reasons == [StepReason.FIRST, StepReason.SKIPPED, StepReason.SKIPPED]
-    assert branches.computed_error == 0
-    assert branches.reuse_error <= 1e-5
-    assert branches.change > 1e-4
+    check(branches)
     return "yes"
+
+
+def check(branches: BothBranches) -> None:
+    """What must hold of a model that is rewritten.
+
+    Computed steps equal the model's to the bit, but for the last bit where what enters the blocks is laid out otherwise
+    than its sizes say, as behind a transposed convolution: a branch takes it contiguous, and products round otherwise.
+    """
+    assert branches.computed_error <= 2e-7
+    assert branches.reuse_error <= 1e-5
+    assert branches.change > 1e-4, "the output does not follow the latents"
 
 
 def _try(entry: Entry, way: str) -> tuple[list[RewriteReport], BothBranches]:

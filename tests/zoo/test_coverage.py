@@ -11,11 +11,11 @@ import pytest
 
 from teacache_fx import DeclineReason
 from tests.zoo import ZOO
-from tests.zoo.coverage import Row, examine, export_of
+from tests.zoo.coverage import Row, check, examine, export_of
 from tests.zoo.table import entry_of, line_of, render_page
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text(encoding="utf-8")
-FEWEST_REWRITTEN = 60
+FEWEST_REWRITTEN = 80
 
 # Models that no cache of this kind can serve.
 UNSERVED = {
@@ -34,6 +34,7 @@ EXPORTED = {
     "anyflow_far": "no: flex_attention", "cogvideox": "yes", "dit": "yes", "flux": "yes", "framepack": "yes",
     "hidream": "no: RuntimeError", "hunyuan_dit": "yes", "latte": "yes", "wan": "yes",
 }  # fmt: skip
+TRANSPOSED = {"ace_step"}  # whose tokens are a transposed view of a convolution's result
 HAS_TOKEN_LATENTS = {"transformer_2d+vq"}  # integers, which cannot move a little
 
 
@@ -71,9 +72,8 @@ def test_exported(name: str) -> None:
 
 def _check_rewritten(row: Row) -> None:
     assert row.branches.skipped == (False, True, True)
-    assert row.branches.computed_error == 0
-    assert row.branches.reuse_error <= 1e-5
-    assert row.branches.change > 1e-4, "the output does not follow the latents"
+    check(row.branches)
+    assert row.branches.computed_error == 0 or row.name in TRANSPOSED
 
 
 def _check_declined(row: Row) -> None:
