@@ -24,7 +24,7 @@ from teacache_fx.passes.block_lists import (
     is_repeated,
     keeps_shapes,
 )
-from teacache_fx.passes.input_roles import carried_latents, embedded_latents, find_latents
+from teacache_fx.passes.input_roles import all_latents, embedded_latents, find_latents
 from teacache_fx.passes.pair_live_outputs import LivePair, describe_pairs, pair_live_outputs
 from teacache_fx.passes.repetition import blocks_by_repetition
 from teacache_fx.plan import BlockStack
@@ -66,15 +66,16 @@ class FindBlockStack:
         refusal: Declined | None = None
         for latents in _latents(gm, ctx.is_fragment):
             try:
-                ctx.stack = self._stack(flow, latents, carried_latents(flow, latents, ctx.is_fragment))
+                ctx.stack = self._stack(flow, all_latents(flow, latents, ctx.is_fragment))
                 return False
             except Declined as declined:
                 refusal = refusal or declined
         assert refusal is not None
         raise refusal
 
-    def _stack(self, flow: Dataflow, latents: fx.Node, carried: set[fx.Node]) -> BlockStack:
-        dependent = flow.forward([latents]) & flow.live  # with sizes and the checks of them, to come along
+    def _stack(self, flow: Dataflow, every: list[fx.Node]) -> BlockStack:
+        latents, carried = every[0], flow.carried(every)
+        dependent = flow.forward(every) & flow.live  # with sizes and the checks of them, to come along
         lists = [b for b in _qualifying_lists(flow, dependent, self.smallest_share) if b.last_matmul in carried]
         if not lists:
             raise _no_stack(flow, dependent & carried)
@@ -86,9 +87,7 @@ class FindBlockStack:
             live_outputs=describe_pairs(pairs, flow, latents),
         )
 
-    def _paired(
-        self, flow: Dataflow, lists: list[Blocks], dependent: set[fx.Node], carried: set[fx.Node]
-    ) -> _Paired:
+    def _paired(self, flow: Dataflow, lists: list[Blocks], dependent: set[fx.Node], carried: set[fx.Node]) -> _Paired:
         """The lists with a residual for what leaves them.
 
         Image refiners come before text joins the sequence: of the whole nothing that enters is shaped like what leaves.

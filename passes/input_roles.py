@@ -187,9 +187,9 @@ def _is_embedding(value: torch.Tensor) -> bool:
     return value.is_floating_point() and value.ndim > 1
 
 
-def carried_latents(flow: Dataflow, latents: fx.Node, is_fragment: bool) -> set[fx.Node]:
-    """All that is computed from the latents, those of a second modality included."""
-    return flow.carried([latents, *([] if is_fragment else _further_latents(flow, latents))])
+def all_latents(flow: Dataflow, latents: fx.Node, is_fragment: bool) -> list[fx.Node]:
+    """The latents and those of a second modality."""
+    return [latents, *([] if is_fragment else _further_latents(flow, latents))]
 
 
 def _further_latents(flow: Dataflow, latents: fx.Node) -> list[fx.Node]:

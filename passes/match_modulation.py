@@ -15,7 +15,7 @@ from teacache_fx.fragments import CALL_INPUTS
 from teacache_fx.graph import fake_tensors, fake_value, is_join, same_shape, tensor_of
 from teacache_fx.module_paths import module_path
 from teacache_fx.passes.base import PassContext, nodes_by_name
-from teacache_fx.passes.input_roles import carried_latents, embedded_times, find_timestep
+from teacache_fx.passes.input_roles import all_latents, embedded_times, find_timestep
 from teacache_fx.passes.modulation_patterns import name_pattern
 from teacache_fx.plan import BlockList, Modulation
 
@@ -43,7 +43,7 @@ class MatchModulation:
         assert ctx.stack is not None
         flow = ctx.dataflow(gm)
         by_name = nodes_by_name(gm)
-        dependent = carried_latents(flow, by_name[ctx.stack.latents], ctx.is_fragment)
+        dependent = flow.carried(all_latents(flow, by_name[ctx.stack.latents], ctx.is_fragment))
         timestep = by_name[CALL_INPUTS[0]] if ctx.is_fragment else find_timestep(flow, ctx.stack.latents)
         bases = [by_name[live.base] for live in ctx.stack.live_outputs]
         matmul, indicator = _find_indicator([by_name[name] for name in ctx.stack.region], dependent, bases)

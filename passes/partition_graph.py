@@ -15,7 +15,7 @@ from teacache_fx.fragments import CALL_INPUTS
 from teacache_fx.graph import fake_tensors, fake_value, is_unbacked, op_name
 from teacache_fx.passes.base import PassContext, nodes_by_name
 from teacache_fx.passes.follow_latents import check_follows_latents
-from teacache_fx.passes.input_roles import carried_latents, conditioning_inputs, steady_inputs
+from teacache_fx.passes.input_roles import all_latents, conditioning_inputs, steady_inputs
 from teacache_fx.passes.memory_order import Parts, check_memory_order
 from teacache_fx.passes.pair_live_outputs import LivePair
 from teacache_fx.plan import Partition
@@ -56,7 +56,7 @@ class PartitionGraph:
         region = {by_name[name] for name in ctx.stack.region}
         live = flow.live | flow.backward([indicator])  # an extractor may compute the indicator beside the blocks
         parts = _split(gm, flow, pairs, region, (indicator, timestep), live)
-        check_follows_latents(flow, pairs, carried_latents(flow, latents, ctx.is_fragment))
+        check_follows_latents(flow, pairs, flow.carried(all_latents(flow, latents, ctx.is_fragment)))
         check_memory_order(flow, parts, pairs, indicator)
         _check_modes(flow)
         _check_shapes([indicator, *(pair.value for pair in pairs)])

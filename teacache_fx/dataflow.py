@@ -110,7 +110,8 @@ class Dataflow:
             node = todo.pop()
             if node not in reached:
                 reached.add(node)
-                todo += [user for user in self.successors[node] if not _is_form(user) and not takes_only_form(user, node)]
+                users = (user for user in self.successors[node] if not takes_only_form(user, node))
+                todo += [user for user in users if not _is_form(user)]
         filled = {storage for storage, writers in self.writers.items() if not reached.isdisjoint(writers)}
         return reached | {node for node in self.nodes if filled and self.storages(node) & filled}
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from teacache_fx.dataflow import is_assertion
 from teacache_fx.graph import (
@@ -41,7 +42,8 @@ def with_known_slices(gm: fx.GraphModule) -> fx.GraphModule:
     copy = copy_graph_module(gm)
     mode = fake_mode_of(copy.graph)
     assert mode.shape_env is not None, "a size is symbolic"
-    with mode, mode.shape_env.ignore_fresh_unbacked_symbols():
+    # The dispatcher in Python, as at the capture: the one in C++ takes open sizes for numbers (torch 2.11).
+    with mode, enable_python_dispatcher(), mode.shape_env.ignore_fresh_unbacked_symbols():
         is_changed = _tell_sizes(copy.graph)
     copy.recompile()
     return copy if is_changed else gm

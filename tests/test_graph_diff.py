@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,8 +110,8 @@ def test_what_moves_out_of_a_skipped_step_is_told(before: str) -> None:
 
 
 def test_another_torch_is_a_caution(before: str) -> None:
-    other = before.replace("torch: 2.13", "torch: 2.11")
-    assert "torch 2.11" in str(compare(other, _text(toys.make(EditedDiT, places=(1,)))))
+    other = re.sub(r"torch: \d+\.\d+", "torch: 2.10", before)
+    assert "torch 2.10" in str(compare(other, _text(toys.make(EditedDiT, places=(1,)))))
 
 
 def test_unified(before: str) -> None:

@@ -68,6 +68,8 @@ def _run_toy(kind: type[nn.Module], num_blocks: int = 2) -> Run:
 
 @pytest.mark.parametrize("name", TOYS)
 def test_plan_and_edits(name: str, golden: Callable[[str, str], None]) -> None:
+    if name == "rotary_in_place_dit" and torch.__version__ < "2.13":
+        pytest.skip("new nodes get other numbers before torch 2.13")
     run = _run_toy(TOYS[name])
     golden(f"{name}.plan", run.report)
     before = run.stages["capture"]
