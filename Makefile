@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test test-all goldens types lint fault-table coverage-table soak bench train clean
+.PHONY: help venv demo test test-all test-torch goldens types lint fault-table coverage-table soak bench train clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -26,6 +26,13 @@ test: venv ## Run the tests
 
 test-all: venv ## Run the slow tests too (about twice as long)
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+test-torch: ## Run the tests with another torch, in an environment of its own: make test-torch TORCH=2.15.0
+	$(PYTHON) -m venv .venv-$(TORCH)
+	grep -v -e '^torch==' -e '^setuptools==' constraints.txt > .venv-$(TORCH)/constraints.txt
+	.venv-$(TORCH)/bin/python -m pip install --quiet -c .venv-$(TORCH)/constraints.txt torch==$(TORCH)
+	.venv-$(TORCH)/bin/python -m pip install --quiet -c .venv-$(TORCH)/constraints.txt -e '.[test]'
+	.venv-$(TORCH)/bin/python -m pytest -n 2
 
 goldens: venv ## Rewrite the golden texts of the passes; read the diff before you commit it
 	$(BIN)/python -m pytest tests/passes/test_goldens.py tests/models --update-goldens
@@ -59,4 +66,4 @@ train: venv ## Train the demo's model anew (about an hour on 2 cores); resumes a
 	$(BIN)/python -m examples.train_tiny_flux --out out/train
 
 clean: ## Remove the virtual environment and all that was written
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) .venv-* out build *.egg-info

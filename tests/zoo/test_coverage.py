@@ -31,8 +31,9 @@ SLOW = {
 }  # fmt: skip
 # Those that are exported in each run, and what becomes of them.
 EXPORTED = {
-    "anyflow_far": "no: flex_attention", "cogvideox": "yes", "dit": "yes", "flux": "yes", "framepack": "yes",
-    "hidream": "no: RuntimeError", "hunyuan_dit": "yes", "latte": "yes", "wan": "yes",
+    "anyflow_far": "no: flex_attention", "cogvideox": "yes", "cosmos3+sound": "yes", "dit": "yes", "flux": "yes",
+    "framepack": "yes", "hidream": "no: RuntimeError", "hunyuan_dit": "yes", "kandinsky6": "yes", "latte": "yes",
+    "wan": "yes",
 }  # fmt: skip
 TRANSPOSED = {"ace_step"}  # whose tokens are a transposed view of a convolution's result
 HAS_TOKEN_LATENTS = {"transformer_2d+vq"}  # integers, which cannot move a little
