@@ -160,22 +160,25 @@ def _is_embedded(node: fx.Node, flow: Dataflow, carried: set[fx.Node]) -> bool:
     return False
 
 
-def steady_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> list[fx.Node]:
-    """Inputs that stay the same throughout a generation: text embeddings, masks, positions, a guidance scale.
+def steady_inputs(flow: Dataflow, latents: fx.Node, timestep: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Inputs that stay the same throughout a generation, and further timesteps, which may change at each step.
+
+    The former are text embeddings, masks, positions, a guidance scale.
 
     Left out is what changes with every step: the latents (of a second modality too: inputs of the shape of a further
     output) and timesteps. The residuals of a ControlNet change too, and yet stay in: nothing else would tell one
     control image from another, so with them every step is computed.
     """
-    changing = {latents, timestep, *_further_latents(flow, latents)}
-    return [
-        node
-        for node in flow.nodes
-        if is_user_input(node)
-        and node not in changing
-        and isinstance(fake_value(node), torch.Tensor)
-        and not _says_time(node)
-    ]
+    changing, carried = {timestep, *all_latents(flow, latents, False)}, flow.carried([latents])
+    inputs = [node for node in flow.nodes if is_user_input(node) and isinstance(fake_value(node), torch.Tensor)]
+    others = [node for node in inputs if node not in changing]
+    times = [node for node in others if _is_further_time(node, flow, carried)]
+    return [node for node in others if node not in times], times
+
+
+def _is_further_time(node: fx.Node, flow: Dataflow, carried: set[fx.Node]) -> bool:
+    is_number = _num_dimensions(node) <= 1 and "guidance" not in argument_name(node)
+    return bool(_says_time(node)) or (is_number and _is_embedded(node, flow, carried))
 
 
 def conditioning_inputs(steady: list[fx.Node]) -> list[fx.Node]:

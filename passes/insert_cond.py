@@ -55,9 +55,8 @@ class InsertCond:
         values = [nodes[live.value] for live in plan.stack.live_outputs]
         bases = [nodes[live.base] for live in plan.stack.live_outputs]
         indicator, latents = nodes[plan.modulation.modulated_input], nodes[plan.stack.latents]
-        inputs = _PolicyInputs(
-            indicator, nodes[plan.modulation.timestep], latents, [nodes[name] for name in plan.partition.steady]
-        )
+        steady, times = ([nodes[n] for n in names] for names in (plan.partition.steady, plan.partition.further_times))
+        inputs = _PolicyInputs(indicator, nodes[plan.modulation.timestep], latents, steady, times)
         behind = dict.fromkeys((*(nodes[name] for name in plan.partition.epilogue), output))
         with fake_mode_of(graph), torch.autocast(tensor_of(indicator).device.type, enabled=False):
             ctx.signature = _signature(gm, policy, [indicator, *values, latents])
@@ -119,6 +118,7 @@ class _PolicyInputs:
     timestep: fx.Node
     latents: fx.Node
     steady: list[fx.Node]
+    further_times: list[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,22 @@ def _insert_policy(
     """Traces the policy on the arguments' fake values and inlines what it did."""
 
     def decide(
-        indicator: Tensor, timestep: Tensor, latents: Tensor, steady: list[Tensor], state: list[Tensor]
+        indicator: Tensor,
+        timestep: Tensor,
+        latents: Tensor,
+        steady: list[Tensor],
+        times: list[Tensor],
+        state: list[Tensor],
     ) -> list[Tensor]:
         rel_l1 = relative_l1(indicator, state[0], policy.per_sample)
         previous_latents = state[-_NUM_SCALARS - 1]
-        evidence = gather_evidence(timestep, latents, previous_latents, steady, policy.per_sample, is_portable)
+        evidence = gather_evidence(timestep, latents, previous_latents, steady, times, policy.per_sample, is_portable)
         decision = policy.decide(rel_l1, evidence, PolicyState(*state[-_NUM_SCALARS:]))
         recorded = [getattr(decision, name) for name in RECORDED]
         needy = decision.should_compute
         return [needy.any() if policy.per_sample else needy, needy, *decision.state[:-1], *recorded]
 
-    arguments = (inputs.indicator, inputs.timestep, inputs.latents, inputs.steady, state)
+    arguments = (inputs.indicator, inputs.timestep, inputs.latents, inputs.steady, inputs.further_times, state)
     traced = make_fx(decide)(*fx.node.map_arg(arguments, fake_value))
     copies: dict[fx.Node, fx.Node] = {}
     leaves = iter(torch.utils._pytree.tree_leaves(arguments))

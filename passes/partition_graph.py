@@ -60,7 +60,10 @@ class PartitionGraph:
         check_memory_order(flow, parts, pairs, indicator)
         _check_modes(flow)
         _check_shapes([indicator, *(pair.value for pair in pairs)])
-        steady = [by_name[CALL_INPUTS[1]]] if ctx.is_fragment else steady_inputs(flow, latents, timestep)
+        if ctx.is_fragment:
+            steady, times = ([by_name[name]] for name in CALL_INPUTS[1:])
+        else:
+            steady, times = steady_inputs(flow, latents, timestep)
         operands = _operands(flow, parts.blocks, pairs)
         ctx.partition = Partition(
             prologue=_names(parts.prologue),
@@ -70,6 +73,7 @@ class PartitionGraph:
             operands=_names(operands),
             conditioning=() if ctx.is_fragment else _names(conditioning_inputs(steady)),
             steady=_names(steady),
+            further_times=_names(times),
         )
         state = [indicator, *(pair.value for pair in pairs), latents]
         inputs = [node for node in flow.nodes if node.op == "placeholder"]

@@ -28,7 +28,7 @@ from teacache_fx.signature import CacheSignature
 MODEL_ID = "model_id"
 """Entry of a state that tells which model it is of, int64."""
 
-_STATE_FORMAT = 1  # counts up when what a state means changes
+_STATE_FORMAT = 2  # counts up when what a state means changes
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 

@@ -17,16 +17,19 @@ from teacache_fx.graph import (
     set_fake_value,
 )
 
-CALL_INPUTS = ("timestep_of_call", "conditioning_of_call")
+CALL_INPUTS = ("timestep_of_call", "conditioning_of_call", "further_times_of_call")
 
 
 def with_call_inputs(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with two more inputs at the end: the mean timestep, float32 [], and the conditioning's hash, int64 []."""
+    """A copy with three more inputs at the end: the mean timestep, float32, and hashes of conditioning and further times.
+
+    The hashes are int64; all three are of shape [].
+    """
     gm = copy_graph_module(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     devices = [tensor.device for node in placeholders if is_user_input(node) for tensor in fake_tensors(node)]
     last = placeholders[-1]
-    for name, dtype in zip(CALL_INPUTS, (torch.float32, torch.int64), strict=True):
+    for name, dtype in zip(CALL_INPUTS, (torch.float32, torch.int64, torch.int64), strict=True):
         with gm.graph.inserting_after(last):
             last = gm.graph.placeholder(name)
         mark_as_state(last)

@@ -135,17 +135,22 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
         return []
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return [argument for argument in _schema_writes(node, target) if isinstance(argument, fx.Node)]
+        return list(dict.fromkeys(_schema_writes(node, target)))
+    if isinstance(target, torch._ops.OpOverloadPacket):  # `torch.ops.space.name(x)` leaves open which one is meant
+        overloads = [getattr(target, name) for name in target.overloads()]
+        return list(dict.fromkeys(argument for each in overloads for argument in _schema_writes(node, each)))
     written = [node.kwargs["out"]] if "out" in node.kwargs else []
     if node.args and _writes_first_argument(node):
         written.append(node.args[0])
     return [argument for argument in written if isinstance(argument, fx.Node)]
 
 
-def _schema_writes(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[Any]:
+def _schema_writes(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[fx.Node]:
     for position, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)
+            is_given = position < len(node.args) and not argument.kwarg_only
+            written = node.kwargs.get(argument.name, node.args[position] if is_given else None)
+            yield from (leaf for leaf in torch.utils._pytree.tree_leaves(written) if isinstance(leaf, fx.Node))
 
 
 def _writes_first_argument(node: fx.Node) -> bool:
@@ -189,6 +194,18 @@ def is_weight(placeholder: fx.Node) -> bool:
     """Whether this input is a parameter or a buffer of a module; a number that dynamo has made a tensor is not."""
     name = source_name(placeholder)
     return placeholder.op == "placeholder" and any(part in name for part in _WEIGHT_CONTAINERS)
+
+
+def is_number(placeholder: fx.Node) -> bool:
+    """Whether this input is a python number that varies between calls: of the caller, or an attribute of a module.
+
+    Dynamo passes a float as a tensor on the CPU, which an argument's hash covers; an integer as it is, sizes too.
+    """
+    value = fake_value(placeholder)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return True
+    is_alone = isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype == torch.float64
+    return is_alone and value.device.type == "cpu" and not is_user_input(placeholder) and not is_weight(placeholder)
 
 
 def argument_name(placeholder: fx.Node) -> str:

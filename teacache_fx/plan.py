@@ -105,6 +105,7 @@ class Partition:
         operands: values that the branch takes from outside it.
         conditioning: placeholders whose identity tells one prompt or guidance branch from another.
         steady: placeholders that keep their contents throughout a generation, the conditioning among them.
+        further_times: placeholders that are timesteps beside the first; what they hold changes with it.
     """
 
     prologue: tuple[str, ...]
@@ -114,6 +115,7 @@ class Partition:
     operands: tuple[str, ...]
     conditioning: tuple[str, ...]
     steady: tuple[str, ...]
+    further_times: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ begins. A step begins a new trajectory if
   but at least 0.1 (0.3 while only one is known) and at most 0.9 (as long as none is); two independent noises are 1.41
   apart, and ancestral samplers at 20 steps move 0.65,
 - or the conditioning (any input that stays the same throughout a generation) holds other numbers than before.
+Further timesteps (of a second modality, of where a jump ends) change with the first one. If one of them changes while
+the timestep stands still, it tells guidance branches or prompts apart, and from then on counts as conditioning.
 A false alarm costs one computed step. A restarted trajectory knows no moves, so that two that take turns on one state
 are told apart at every turn until they are nearer to each other than 0.9.
 
@@ -64,6 +66,7 @@ class PolicyState(NamedTuple):
         latents_move: float32, relative change of the latents at the last step of this trajectory, 0 if there was none.
         previous_latents_move: float32, at the step before that.
         conditioning: int64, hash of the conditioning's contents.
+        further_times: int64, one more than the hash of the further timesteps; negative once they count as conditioning.
         num_inference_steps: int64, always of shape []; 0 where it is not known.
     """
 
@@ -75,6 +78,7 @@ class PolicyState(NamedTuple):
     latents_move: Tensor
     previous_latents_move: Tensor
     conditioning: Tensor
+    further_times: Tensor
     num_inference_steps: Tensor
 
     @staticmethod
@@ -95,6 +99,7 @@ class PolicyState(NamedTuple):
             latents_move=zero(torch.float32),
             previous_latents_move=zero(torch.float32),
             conditioning=zero(torch.int64),
+            further_times=zero(torch.int64),
             num_inference_steps=torch.full((), num_inference_steps, dtype=torch.int64, device=device),
         )
 
@@ -106,11 +111,13 @@ class Evidence(NamedTuple):
         timestep: float32.
         latents_move: float32, `relative_move` of the latents since the step before.
         conditioning: int64, `content_hash` of the conditioning.
+        further_times: int64, the same of the timesteps beside the first.
     """
 
     timestep: Tensor
     latents_move: Tensor
     conditioning: Tensor
+    further_times: Tensor
 
 
 class Decision(NamedTuple):
@@ -160,7 +167,8 @@ class Policy:
         moved = (time > state.previous_timestep).float() - (time < state.previous_timestep).float()
         first = state.step_index == 0
         restarted = turned_back(moved, state) | latents_jumped(evidence, state)
-        other_conditioning = conditioning_changed(evidence, state)
+        others = times_tell_branches(moved, evidence, state)
+        other_conditioning = conditioning_changed(evidence, state) | (others & times_changed(evidence, state))
         begins = first | restarted | other_conditioning
         index = torch.where(begins, 0, state.step_index)
         accumulated = torch.where(begins, 0.0, state.accumulated_rel_l1_distance + self.rescale(rel_l1))
@@ -180,6 +188,7 @@ class Policy:
             latents_move=torch.where(begins, 0.0, evidence.latents_move),
             previous_latents_move=torch.where(begins, 0.0, state.latents_move),
             conditioning=evidence.conditioning.clone(),
+            further_times=torch.where(others, -1, 1) * (evidence.further_times + 1),
             num_inference_steps=state.num_inference_steps,
         )
         return Decision(should_compute, reason, torch.where(begins, float("nan"), rel_l1), accumulated, following)
@@ -220,6 +229,17 @@ def not_finite(accumulated: Tensor, time: Tensor) -> Tensor:
 def conditioning_changed(evidence: Evidence, state: PolicyState) -> Tensor:
     """Whether the conditioning holds other numbers than at the step before."""
     return evidence.conditioning != state.conditioning
+
+
+def times_changed(evidence: Evidence, state: PolicyState) -> Tensor:
+    """Whether the further timesteps hold other numbers than at the step before."""
+    return evidence.further_times + 1 != state.further_times.abs()
+
+
+def times_tell_branches(moved: Tensor, evidence: Evidence, state: PolicyState) -> Tensor:
+    """Whether the further timesteps have changed, now or before, while the timestep stood still."""
+    now = (moved == 0) & (state.step_index > 0) & times_changed(evidence, state)
+    return (state.further_times < 0) | now
 
 
 def relative_l1(current: Tensor, previous: Tensor, per_sample: bool = False) -> Tensor:

@@ -110,7 +110,8 @@ class Reference:
 
     def _step(self, values: dict[str, Any], state: State) -> ReferenceStep:
         cached, following = self._cached(values, state)
-        near = {"previous_latents": values[self.latents], "conditioning": following["conditioning"]}
+        near = {name: following[name] for name in ("conditioning", "further_times")}
+        near["previous_latents"] = values[self.latents]
         reused, forced = self._cached(values, {**self._that_skips(state), **near})
         is_skipped = following["consecutive_skips"] > 0
         decision = "skipped" if bool(is_skipped.all()) else "mixed" if bool(is_skipped.any()) else "computed"

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from teacache_fx.advice import NEW_CONDITIONING
+from teacache_fx.argument_names import ENOUGH, says_time
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.errors import TeaCacheWarning
-from teacache_fx.graph import fake_value, is_user_input, is_weight
+from teacache_fx.graph import argument_name, fake_value, is_number, is_user_input, is_weight
 from teacache_fx.pipeline import RewrittenGraph
 from teacache_fx.policy import PolicyState
 from teacache_fx.signature import CacheSignature
@@ -47,6 +48,7 @@ class CachedGraph:
         self._conditioning = _picker([i for i in tensors if placeholders[i].name in conditioning])
         self._user_inputs = _picker([i for i in tensors if is_user_input(placeholders[i])])
         self._weights = _picker([i for i in tensors if is_weight(placeholders[i])])
+        self._numbers = _picker([i for i, node in enumerate(placeholders) if is_number(node) and not _is_time(node)])
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Runs one denoising step.
@@ -64,7 +66,8 @@ class CachedGraph:
         model = self._store.model(weights)
         call = model.context
         shapes = (self._graph, *[(tensor.shape, tensor.dtype, tensor.device) for tensor in self._user_inputs(args)])
-        state = self._store.select(model, call, conditioning, shapes)
+        numbers = tuple(map(float, self._numbers(args)))
+        state = self._store.select(model, call, conditioning, shapes, numbers)
         if self._store.finds_none and not self._is_advised:
             self._is_advised = True
             warnings.warn(NEW_CONDITIONING, TeaCacheWarning, stacklevel=2)
@@ -75,6 +78,11 @@ class CachedGraph:
         outputs: Sequence[Any] = self._compiled(*args, *remembered)
         state.advance(remembered, outputs[self._num_outputs :])
         return outputs[: self._num_outputs]
+
+
+def _is_time(number: fx.Node) -> bool:
+    """A timestep given as a python number varies within a generation."""
+    return says_time(argument_name(number), 0) >= ENOUGH
 
 
 def _check_weights(state: TeaCacheState, weights: Sequence[Tensor]) -> None:

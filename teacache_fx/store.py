@@ -28,6 +28,7 @@ class _Scope(NamedTuple):
     model: CalledModel
     request_id: Hashable
     name: str | None
+    numbers: Hashable
     shapes: Hashable
 
 
@@ -37,8 +38,8 @@ _Key = tuple[_Scope, tuple[int, ...]]
 class StateStore:
     """All states of the models of one class under one config. Compiled graphs come and go, the store stays.
 
-    Note [Which state?]: the key is the model (all its weights), the request, the branch's name, the shapes and the
-    graph, and the identity of the conditioning. Where the conditioning was made anew, the state is handed on; the hash
+    Note [Which state?]: the key is the model (all its weights), the request, the branch's name, the python numbers that
+    vary, the shapes and the graph, and the identity of the conditioning. Where the conditioning was made anew, the state is handed on; the hash
     of the contents, in the graph, tells whether the numbers are the same.
 
     Args:
@@ -96,7 +97,12 @@ class StateStore:
         return model
 
     def select(
-        self, model: CalledModel, call: CallContext, conditioning: Sequence[Tensor], shapes: Hashable
+        self,
+        model: CalledModel,
+        call: CallContext,
+        conditioning: Sequence[Tensor],
+        shapes: Hashable,
+        numbers: Hashable = (),
     ) -> TeaCacheState:
         """The state for a call; a new one if there is none yet. See Note [Which state?].
 
@@ -105,8 +111,9 @@ class StateStore:
             call: what the caller has said.
             conditioning: text embeddings and the like.
             shapes: shapes, dtypes and devices of all inputs of the call, and the graph that takes them.
+            numbers: python numbers among the arguments and in the model that dynamo has not built into the graph.
         """
-        key = (_Scope(model, call.request_id, call.name, shapes), _identities(conditioning))
+        key = (_Scope(model, call.request_id, call.name, numbers, shapes), _identities(conditioning))
         with self._lock:
             state = self._states.get(key)
             if state is not None and state.identity.matches(conditioning):

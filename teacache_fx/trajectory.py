@@ -22,6 +22,7 @@ def gather_evidence(
     latents: Tensor,
     previous_latents: Tensor,
     steady: Sequence[Tensor],
+    further_times: Sequence[Tensor] = (),
     per_sample: bool = False,
     is_portable: bool = False,
 ) -> Evidence:
@@ -33,6 +34,7 @@ def gather_evidence(
         latents: floating point, any shape; the batch comes first.
         previous_latents: those of the step before, alike.
         steady: all inputs that keep their contents throughout a generation, any dtype and shape.
+        further_times: all timesteps beside `timestep`, likewise.
         per_sample: of shape [batch] instead of [].
         is_portable: as in `content_hash`.
     """
@@ -45,13 +47,17 @@ def gather_evidence(
         return value.mean().expand(batch)
 
     time = latents.new_zeros(batch, dtype=torch.float32) if timestep is None else average(timestep)
-    hashed = latents.new_zeros(batch, dtype=torch.int64)
-    for number, tensor in enumerate(steady):
-        one = content_hash(tensor, _has_rows(tensor, latents, per_sample), is_portable).to(latents.device)
-        hashed = hashed + (one & _BITS) * (2 * number + 1)
+
+    def hash_all(tensors: Sequence[Tensor]) -> Tensor:
+        hashed = latents.new_zeros(batch, dtype=torch.int64)
+        for number, tensor in enumerate(tensors):
+            one = content_hash(tensor, _has_rows(tensor, latents, per_sample), is_portable).to(latents.device)
+            hashed = hashed + (one & _BITS) * (2 * number + 1)
+        return hashed
+
     # The farthest of the samples counts: a mean would hide that one slot of a large batch has been given to another.
     moves = relative_move(latents, previous_latents, per_sample=True)
-    return Evidence(time, moves if per_sample else moves.max(), hashed)
+    return Evidence(time, moves if per_sample else moves.max(), hash_all(steady), hash_all(further_times))
 
 
 def content_hash(tensor: Tensor, per_sample: bool = False, is_portable: bool = False) -> Tensor:

@@ -2,8 +2,8 @@
 
 Note [Graph breaks]: some models break the graph before their blocks. The graph of the blocks then takes the timestep's
 embedding and the embedded prompt, made anew at each call; neither a new generation nor another prompt can be told from
-these. The hook sees the whole call: it hands the timestep and a hash of the conditioning to such a graph as two more
-inputs, and the identity of the conditioning to the store.
+these. The hook sees the whole call: it hands the timestep and hashes of the conditioning and of further timesteps to
+such a graph as more inputs, and the identity of the conditioning to the store.
 """
 
 from __future__ import annotations
@@ -30,23 +30,30 @@ class WholeCall:
 
     Attributes:
         timestep: any real dtype and shape.
-        steady: all tensors but latents and timestep, any dtypes and shapes; they stay the same in a generation.
+        steady: all tensors but latents and timesteps, any dtypes and shapes; they stay the same in a generation.
+        further_times: timesteps beside the first, likewise.
     """
 
     timestep: Tensor
     steady: tuple[Tensor, ...]
+    further_times: tuple[Tensor, ...] = ()
 
     @property
     def conditioning(self) -> tuple[Tensor, ...]:
         """Of `steady` the embeddings, whose identity tells one prompt from another; without any, all of it."""
         return tuple(t for t in self.steady if t.is_floating_point() and t.ndim > 1) or self.steady
 
-    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean timestep, float32 of shape [], and hash of all that is steady, int64 of shape []; on the device."""
-        hashed = torch.zeros((), dtype=torch.int64, device=device)
-        for number, tensor in enumerate(self.steady):
-            hashed = hashed + content_hash(tensor).to(device) * (2 * number + 1)
-        return self.timestep.to(device, torch.float32).mean(), hashed
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """What `CALL_INPUTS` of `teacache_fx.fragments` are, on the device."""
+        hashes = (_hash_all(tensors, device) for tensors in (self.steady, self.further_times))
+        return self.timestep.to(device, torch.float32).mean(), *hashes
+
+
+def _hash_all(tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    hashed = torch.zeros((), dtype=torch.int64, device=device)
+    for number, tensor in enumerate(tensors):
+        hashed = hashed + content_hash(tensor).to(device) * (2 * number + 1)
+    return hashed
 
 
 class CallReader:
@@ -72,13 +79,11 @@ class CallReader:
         arguments = self._tensors(args, kwargs)
         if not arguments.get(self._timestep):
             return None
-        steady = (
-            tensor
-            for name, tensors in arguments.items()
-            if name != self._latents and name not in self._times
-            for tensor in tensors
-        )
-        return WholeCall(arguments[self._timestep][0], tuple(steady))
+        timestep, *more = arguments[self._timestep]
+        others = [(name, tensors) for name, tensors in arguments.items() if name not in (self._latents, self._timestep)]
+        steady = [tensor for name, tensors in others if name not in self._times for tensor in tensors]
+        further = [tensor for name, tensors in others if name in self._times for tensor in tensors]
+        return WholeCall(timestep, tuple(steady), (*more, *further))
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
         arguments: dict[str, Any] = dict(self._signature.bind(*args, **kwargs).arguments)

@@ -24,6 +24,7 @@ class Step(NamedTuple):
     time: float
     move: float = 0.0
     content: int = 0
+    further: int = 0
 
 
 @dataclass
@@ -44,10 +45,14 @@ class Reference:
     time: float = 0.0
     moves: tuple[float, float] = (0.0, 0.0)
     content: int = 0
+    further: int | None = None
+    further_tells: bool = False
 
     def step(self, step: Step) -> tuple[str, float]:
         """The reason's name, and the accumulated distance that was compared."""
         moved = (step.time > self.time) - (step.time < self.time)
+        if self.index > 0 and moved == 0 and step.further != self.further:
+            self.further_tells = True
         begun = self._beginning(step, moved)
         if begun:
             self.accumulated, self.index, self.skips, self.direction, self.moves = 0.0, 0, 0, 0, (0.0, 0.0)
@@ -59,7 +64,7 @@ class Reference:
             self.direction = moved or self.direction
             self.moves = (step.move, self.moves[0])
         self.time = step.time if math.isfinite(step.time) else self.time
-        self.content = step.content
+        self.content, self.further = step.content, step.further
         compared = self.accumulated
         reason = begun or self._within(compared, step.time)
         self.index += 1
@@ -77,7 +82,8 @@ class Reference:
             farthest = min(max(5 * max(self.moves), least), 0.9)
         if moved * self.direction == -1 or step.move > farthest:
             return "TRAJECTORY_RESTARTED"
-        return "CONDITIONING_CHANGED" if step.content != self.content else ""
+        is_other = step.content != self.content or (self.further_tells and step.further != self.further)
+        return "CONDITIONING_CHANGED" if is_other else ""
 
     def _within(self, compared: float, time: float) -> str:
         if not (math.isfinite(compared) and math.isfinite(time)):
@@ -112,9 +118,11 @@ def plain(thresh: float = 0.25, rescale: Callable[[Tensor], Tensor] = lambda rel
 
 def tensors_of(step: Step | Sequence[Step]) -> tuple[Tensor, Evidence]:
     """The relative distance and the evidence, of shape [] for one step and [batch] for several."""
-    rel, time, move, content = step if isinstance(step, Step) else zip(*step, strict=True)
+    rel, time, move, content, further = step if isinstance(step, Step) else zip(*step, strict=True)
     kind = torch.float32
-    evidence = Evidence(torch.tensor(time, dtype=kind), torch.tensor(move, dtype=kind), torch.tensor(content))
+    evidence = Evidence(
+        torch.tensor(time, dtype=kind), torch.tensor(move, dtype=kind), torch.tensor(content), torch.tensor(further)
+    )
     return torch.tensor(rel, dtype=kind), evidence
 
 

@@ -38,13 +38,15 @@ def references(draw: st.DrawFn, length: int, exact: bool) -> Reference:
 def sequences(draw: st.DrawFn, length: int) -> list[Step]:
     """Steps that mostly go one way; timesteps repeat at times or jump back, latents jump, another prompt comes."""
     time, content, forth, steps = 1000.0, draw(st.integers(-2, 2)), draw(st.sampled_from([-20.0, 20.0])), []
+    further = draw(st.integers(0, 2))
     for _ in range(length):
         rel = draw(st.sampled_from([0, 1, 1, 2, 3, 5, 8, 24])) / 16
         rel = draw(st.sampled_from([rel] * 30 + [NAN, INF]))
         usual = st.integers(0, 12) if draw(st.integers(0, 5)) else st.integers(0, 96)
         move = draw(st.sampled_from([draw(usual) / 64] * 30 + [NAN, INF]))
         content = draw(st.sampled_from([content] * 12 + [content + 1, -content]))
-        steps.append(Step(rel, draw(st.sampled_from([time] * 30 + [NAN, INF, -INF])), move, content))
+        further = draw(st.sampled_from([further] * 8 + [further + 1, 0]))
+        steps.append(Step(rel, draw(st.sampled_from([time] * 30 + [NAN, INF, -INF])), move, content, further))
         time += forth * draw(st.sampled_from([1, 1, 1, 1, 1, 0.5, 0, 0, -6]))
     return steps
 
@@ -67,7 +69,9 @@ def carried(state: PolicyState) -> list[float]:
 def expected(reference: Reference) -> list[float]:
     """Fields of `PolicyState`, in order."""
     counts = [reference.accumulated, reference.index, reference.skips]
-    return [*counts, reference.time, reference.direction, *reference.moves, reference.content, reference.total]
+    further = (-1 if reference.further_tells else 1) * (0 if reference.further is None else reference.further + 1)
+    progress = [reference.time, reference.direction, *reference.moves]
+    return [*counts, *progress, reference.content, further, reference.total]
 
 
 def check(reference: Reference, steps: list[Step], tolerance: float) -> None:
@@ -189,6 +193,17 @@ def test_the_same_conditioning_as_in_the_generation_before_last_is_another_one()
     steps = [Step(0.0, 1000.0 - i, content=content) for i, content in enumerate([5, 5, 6, 6, 5, 0, 0])]
     again = R.CONDITIONING_CHANGED
     assert reasons(run(plain(), steps)) == [R.FIRST, R.SKIPPED, again, R.SKIPPED, again, again, R.SKIPPED]
+
+
+def test_a_second_timestep_may_change_with_the_first() -> None:
+    steps = [Step(0.0, 1000.0 - 20 * i, further=900 - 20 * i) for i in range(5)]
+    assert reasons(run(plain(), steps)) == [R.FIRST, *[R.SKIPPED] * 4]
+
+
+def test_a_second_timestep_that_tells_branches_apart_is_conditioning() -> None:
+    """Two branches take turns at each timestep; what seems to be a timestep is where their music begins."""
+    steps = [Step(0.0, 1000.0 - 20 * i, further=further) for i in range(3) for further in (30, 0)]
+    assert reasons(run(plain(), steps)) == [R.FIRST, *[R.CONDITIONING_CHANGED] * 5]
 
 
 def test_one_sample_that_begins_anew_leaves_the_others_alone() -> None:

@@ -142,7 +142,8 @@ def test_results_have_fixed_dtypes_and_the_shape_of_the_state(shape: tuple[int, 
     state = PolicyState.initial(50, shape=shape)
     policy = plain(num_warmup_steps=1, num_final_steps=1, max_consecutive_skips=2, per_sample=bool(shape))
     for _ in range(2):
-        evidence = Evidence(torch.rand(shape), torch.rand(shape), torch.ones(shape, dtype=torch.int64))
+        numbers = torch.ones(shape, dtype=torch.int64)
+        evidence = Evidence(torch.rand(shape), torch.rand(shape), numbers, numbers)
         decision = policy.decide(torch.rand(shape), evidence, state)
         kinds = {name: (field.dtype, tuple(field.shape)) for name, field in state._asdict().items()}
         state = decision.state
@@ -156,7 +157,7 @@ def test_results_have_fixed_dtypes_and_the_shape_of_the_state(shape: tuple[int, 
 def test_the_initial_state_has_a_tensor_of_its_own_for_each_field() -> None:
     state = PolicyState.initial(7, shape=(2,))
     assert len({field.data_ptr() for field in state}) == len(state)
-    assert [field.tolist() for field in state] == [[0, 0]] * 8 + [7]
+    assert [field.tolist() for field in state] == [[0, 0]] * 9 + [7]
     integers = {"step_index", "consecutive_skips", "conditioning", "num_inference_steps"}
     assert {name for name, field in state._asdict().items() if field.dtype == torch.int64} == integers
 
@@ -165,7 +166,7 @@ def test_decides_without_writes_and_keeps_none_of_its_arguments() -> None:
     rel, evidence = tensors_of(Step(0.5, 400.0, 0.1, 3))
     given_ = [rel, *evidence, *state_with()]
     before = [tensor.clone() for tensor in given_]
-    following = plain().decide(rel, evidence, PolicyState(*given_[4:])).state
+    following = plain().decide(rel, evidence, PolicyState(*given_[5:])).state
     assert [float(tensor) for tensor in given_] == [float(tensor) for tensor in before]
     assert not {id(tensor) for tensor in following[:-1]} & set(map(id, given_))  # a graph must not return its inputs
 

@@ -45,7 +45,7 @@ def test_collects_what_the_policy_decided() -> None:
     for value, time in zip(values, times, strict=True):
         inputs = state.inputs(memory, 0)
         current = torch.full((2,), value)
-        evidence = Evidence(torch.tensor(time), torch.tensor(0.0), torch.tensor(0))
+        evidence = Evidence(torch.tensor(time), torch.tensor(0.0), torch.tensor(0), torch.tensor(0))
         decision = policy.decide(relative_l1(current, inputs[0]), evidence, PolicyState(*inputs[3:]))
         record = [decision.reason, decision.rel_l1, decision.accumulated]
         state.advance(inputs, [current, torch.zeros(2), torch.zeros(2), *decision.state[:-1], *record])

@@ -178,9 +178,9 @@ def test_timesteps_of_any_shape(time: list[float], mean: float, rows: list[float
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_without_timestep_and_conditioning(per_sample: bool) -> None:
-    evidence = gather_evidence(None, LATENTS.bfloat16(), PREVIOUS.bfloat16(), [], per_sample)
+    evidence = gather_evidence(None, LATENTS.bfloat16(), PREVIOUS.bfloat16(), [], per_sample=per_sample)
     shape = (BATCH,) if per_sample else ()
-    assert [tuple(field.shape) for field in evidence] == [shape] * 3
+    assert [tuple(field.shape) for field in evidence] == [shape] * 4
     assert [field.dtype for field in evidence] == [torch.float32, torch.float32, torch.int64]
     assert not evidence.timestep.any()
     assert not evidence.conditioning.any()
@@ -196,7 +196,9 @@ def test_the_move_is_that_of_the_latents() -> None:
 
 
 def hashed(conditioning: Sequence[Tensor], per_sample: bool = False) -> list[int]:
-    return gather_evidence(None, LATENTS, PREVIOUS, conditioning, per_sample).conditioning.reshape(-1).tolist()
+    return (
+        gather_evidence(None, LATENTS, PREVIOUS, conditioning, per_sample=per_sample).conditioning.reshape(-1).tolist()
+    )
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -224,10 +226,10 @@ def test_a_sample_keeps_its_hash_in_another_batch() -> None:
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_compiled_evidence_is_the_same(per_sample: bool) -> None:
     def gather(timestep: Tensor, conditioning: list[Tensor]) -> list[Tensor]:
-        return list(gather_evidence(timestep, LATENTS, PREVIOUS, conditioning, per_sample))
+        return list(gather_evidence(timestep, LATENTS, PREVIOUS, conditioning, per_sample=per_sample))
 
     arguments = torch.tensor([1.0, 2.0, 6.0]), [filled(torch.float16, BATCH, 70), torch.tensor(7)]
-    time, move, content = torch.compile(gather, fullgraph=True)(*arguments)
+    time, move, content, _ = torch.compile(gather, fullgraph=True)(*arguments)
     eager = gather(*arguments)
     torch.testing.assert_close((time, move), tuple(eager[:2]))
     assert torch.equal(content, eager[2])

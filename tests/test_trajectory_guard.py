@@ -27,7 +27,7 @@ def walk(path: Path, per_sample: bool = False) -> list[Decision]:
     state, previous, decisions = PolicyState.initial(shape=shape), torch.zeros(path[0][1].shape), []
     for time, latents in path:
         current = torch.tensor(latents, dtype=torch.float32)
-        evidence = gather_evidence(torch.tensor(time), current, previous, [], per_sample)
+        evidence = gather_evidence(torch.tensor(time), current, previous, [], per_sample=per_sample)
         decisions.append(plain(per_sample=per_sample).decide(torch.zeros(shape), evidence, state))
         state, previous = decisions[-1].state, current
     return decisions
