@@ -115,16 +115,21 @@ def hands_over(blocks: Blocks) -> bool:
 def keeps_shapes(blocks: Blocks) -> bool:
     """Two elements of one class do at least half of their matrix products on the same shapes.
 
-    The blocks of a transformer do; the stages of a U-Net or a ResNet change resolution and width.
+    The blocks of a transformer do; the stages of a U-Net or a ResNet change resolution and width. Spatial and temporal
+    blocks may take turns, and then most of them are like the last but one.
     """
-    last_of_class: dict[str, Counter[tuple[object, ...]]] = {}
+    of_class: dict[str, list[Counter[tuple[object, ...]]]] = defaultdict(list)
     for name, element in zip(blocks.classes, blocks.elements, strict=True):
-        shapes = _signatures(element)
-        former = last_of_class.get(name)
-        if former is not None and 2 * (shapes & former).total() >= min(shapes.total(), former.total()):
-            return True
-        last_of_class[name] = shapes
-    return False
+        of_class[name].append(_signatures(element))
+    neighbours = (pair for shapes in of_class.values() for pair in itertools.pairwise(shapes))
+    if any(itertools.starmap(_are_alike, neighbours)):
+        return True
+    turns = [pair for shapes in of_class.values() for pair in zip(shapes, shapes[2:], strict=False)]
+    return sum(itertools.starmap(_are_alike, turns)) > len(turns) / 2
+
+
+def _are_alike(left: Counter[tuple[object, ...]], right: Counter[tuple[object, ...]]) -> bool:
+    return 2 * (left & right).total() >= min(left.total(), right.total())
 
 
 def _signatures(nodes: Iterable[fx.Node]) -> Counter[tuple[object, ...]]:

@@ -2,7 +2,7 @@
 
 Note [Stale output]: a stack may carry tokens of its own beside those of the latents, such as a learned query, and the
 model may read its output from these alone. Their residual is taken against a constant, so a skipped step would return
-the same whatever the latents are.
+the same whatever the latents are. A second output, such as register tokens, may be read so beside one that is not.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ from teacache_fx.passes.pair_live_outputs import LivePair
 from teacache_fx.sizes import Size, proven_less
 
 
-def check_follows_latents(flow: Dataflow, pairs: list[LivePair], dependent: set[fx.Node]) -> None:
-    """Raises `Declined` (STALE_OUTPUT) if all that is read from the stack are tokens which the latents do not enter."""
+def check_follows_latents(
+    flow: Dataflow, pairs: list[LivePair], dependent: set[fx.Node], outputs: list[fx.Node]
+) -> None:
+    """Raises `Declined` (STALE_OUTPUT) if an output is read only from tokens of the stack that are not the latents'."""
     readings = [reading for pair in pairs for reading in _readings(flow, pair, dependent)]
-    if readings and not any(follows for _, follows in readings):
-        node, _ = readings[0]
+    following = flow.forward(node for node, follows in readings if follows)
+    stale = [node for node, follows in readings if not follows]
+    frozen = [output for output in outputs if output in flow.forward(stale) and output not in following]
+    if frozen:
         detail = "the output is read from tokens of the stack that do not start from the latents"
-        raise Declined(DeclineReason.STALE_OUTPUT, detail, node.name)
+        if len(frozen) < len(outputs):
+            number = outputs.index(frozen[0])
+            detail = f"output {number} of {len(outputs)} is read from tokens of the stack that do not start from them"
+        raise Declined(DeclineReason.STALE_OUTPUT, detail, stale[0].name)
 
 
 def _readings(flow: Dataflow, pair: LivePair, dependent: set[fx.Node]) -> list[tuple[fx.Node, bool]]:
@@ -64,6 +71,8 @@ def _latent_span(base: fx.Node, dependent: set[fx.Node]) -> tuple[int, Size, Siz
     dimension %= tensor_of(node).ndim
     sizes = [tensor_of(part).shape[dimension] for part in parts if isinstance(part, fx.Node)]
     latent = [i for i, part in enumerate(parts) if part in dependent]
+    if not latent:
+        return dimension, 0, 0
     return dimension, sum(sizes[: latent[0]]), sum(sizes[: latent[-1] + 1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from teacache_fx.argument_names import ENOUGH, LATENT_NAMES, says_time
+from teacache_fx.argument_names import ENOUGH, LATENT_NAMES, says_time, time_rank
 from teacache_fx.dataflow import Dataflow, takes_only_form
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.flops import is_matmul
@@ -75,8 +75,13 @@ def _name_rank(node: fx.Node) -> int:
     return len(LATENT_NAMES) - LATENT_NAMES.index(name) if name in LATENT_NAMES else 0
 
 
-def find_timestep(flow: Dataflow, latents: str) -> fx.Node:
+def find_timestep(flow: Dataflow, latents: str, region: set[fx.Node]) -> fx.Node:
     """The tensor that tells how far denoising has come: an input, or the first that is made from a python number.
+
+    Args:
+        flow: of the graph.
+        latents: name of the latents.
+        region: of the blocks, which it must reach; a temperature of the output is no timestep.
 
     Raises:
         Declined: NO_TIMESTEP.
@@ -87,10 +92,11 @@ def find_timestep(flow: Dataflow, latents: str) -> fx.Node:
         for node in flow.nodes
         if node.name != latents and is_user_input(node) and node in flow.live and _is_small(node)
     }
-    if not scores or max(scores.values()) < ENOUGH:
+    likely = [node for node in scores if scores[node] >= ENOUGH and not region.isdisjoint(flow.forward([node]))]
+    if not likely:
         seen = ", ".join(argument_name(node) for node in flow.nodes if is_user_input(node))
         raise Declined(DeclineReason.NO_TIMESTEP, f"none of the inputs ({seen}) is embedded as a timestep or named one")
-    best: fx.Node = max(scores, key=scores.__getitem__)
+    best = max(likely, key=lambda node: (scores[node], time_rank(argument_name(node))))
     return best if isinstance(fake_value(best), torch.Tensor) else _as_tensor(best, flow)
 
 

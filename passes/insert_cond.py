@@ -99,11 +99,11 @@ def _batch_size(nodes: Sequence[fx.Node]) -> int:
 
 def _add_state_inputs(graph: fx.Graph, signature: CacheSignature) -> list[fx.Node]:
     names = (*signature.tensor_names, *signature.scalar_names)
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    state = []
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    taken, last, state = {str(node.target) for node in inputs}, inputs[-1], []
     for name, value in zip(names, (*signature.tensors, *signature.scalars), strict=True):
         with graph.inserting_after(last):
-            last = graph.placeholder(name)
+            last = graph.placeholder(f"teacache_{name}" if name in taken else name)
         mark_as_state(last)
         set_fake_value(last, value)
         state.append(last)

@@ -44,9 +44,10 @@ class MatchModulation:
         flow = ctx.dataflow(gm)
         by_name = nodes_by_name(gm)
         dependent = flow.carried(all_latents(flow, by_name[ctx.stack.latents], ctx.is_fragment))
-        timestep = by_name[CALL_INPUTS[0]] if ctx.is_fragment else find_timestep(flow, ctx.stack.latents)
+        region = [by_name[name] for name in ctx.stack.region]
+        timestep = by_name[CALL_INPUTS[0]] if ctx.is_fragment else find_timestep(flow, ctx.stack.latents, set(region))
         bases = [by_name[live.base] for live in ctx.stack.live_outputs]
-        matmul, indicator = _find_indicator([by_name[name] for name in ctx.stack.region], dependent, bases)
+        matmul, indicator = _find_indicator(region, dependent, bases)
         block = _block_path(matmul, ctx.stack.lists)
         timed = flow.carried(embedded_times(flow, ctx.stack.latents) if ctx.is_fragment else [timestep])
         pattern = name_pattern(indicator, timed, dependent, block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 
 from teacache_fx.dataflow import Dataflow, view_source
 from teacache_fx.errors import Declined, DeclineReason
+from teacache_fx.flops import is_matmul
 from teacache_fx.graph import fake_tensors, fake_value, op_name, same_shape, tensor_of, written_arguments
 from teacache_fx.plan import LiveOutput
 from teacache_fx.size_names import SizeNames
@@ -31,7 +32,7 @@ class LivePair:
 
 
 def pair_live_outputs(
-    flow: Dataflow, region: set[fx.Node], dependent: set[fx.Node]
+    flow: Dataflow, region: set[fx.Node], dependent: set[fx.Node], first_block: Collection[fx.Node] = ()
 ) -> tuple[list[LivePair], set[fx.Node]]:
     """Finds the live outputs of the region and a base for each; the region grows past views until shapes agree.
 
@@ -41,7 +42,7 @@ def pair_live_outputs(
         Declined: NO_MATCHING_INPUT, since without a base the cached value would no longer follow the latents; or
             MUTATION_ACROSS_CUT, if no value leaves the region at all.
     """
-    inputs = _region_inputs(flow, region)
+    inputs, first = _region_inputs(flow, region), set(first_block)
     alike = _by_shape(inputs)
     frontier = _Frontier(flow, region)
     region = frontier.region  # grows with it
@@ -52,7 +53,7 @@ def pair_live_outputs(
             writers = [node for node in flow.sort(region) if written_arguments(node)]
             detail = "the stack gives nothing back but what it writes in place"
             raise Declined(DeclineReason.MUTATION_ACROSS_CUT, detail, writers[-1].name if writers else None)
-        bases = {value: _find_base(value, alike[_shape(value)], region, dependent) for value in live}
+        bases = {value: _find_base(value, alike[_shape(value)], region, dependent, first) for value in live}
         unpaired = [value for value, base in bases.items() if base is None]
         if not unpaired:
             return [LivePair(value, base) for value, base in bases.items() if base is not None], region
@@ -121,9 +122,14 @@ def _shape(node: fx.Node) -> object:
     return tuple(map(fixed, value.shape)) if isinstance(value, torch.Tensor) else None
 
 
-def _find_base(value: fx.Node, inputs: list[fx.Node], region: set[fx.Node], dependent: set[fx.Node]) -> fx.Node | None:
+def _find_base(
+    value: fx.Node, inputs: list[fx.Node], region: set[fx.Node], dependent: set[fx.Node], first_block: set[fx.Node]
+) -> fx.Node | None:
     """The one of the inputs of the value's shape that follows the latents; the residual additions settle a tie."""
     candidates = [node for node in inputs if _fits(node, value)]
+    passed_on, products = _passed_on(value, region)
+    kept = [node for node in candidates if node in passed_on]
+    candidates = kept if kept or not first_block.isdisjoint(products) else candidates
     if len(candidates) > 1:
         spine = _spine_inputs(value, region)
         candidates = [node for node in candidates if node in spine] or candidates
@@ -140,6 +146,28 @@ def _fits(base: fx.Node, value: fx.Node) -> bool:
         return False
     both_float = inside.is_floating_point() and outside.is_floating_point()
     return both_float and inside.device == outside.device and same_shape(inside, outside)
+
+
+def _passed_on(value: fx.Node, region: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Region inputs that reach the value on a way without products, and the products that it is made of on such ways.
+
+    What enters is then still in what leaves. A value that is made of products of the first block, and of nothing that
+    enters, is a sum of what the blocks give beside what they pass on: a residual against that would mean nothing. In
+    between a product may come, such as the one that takes in the long skip of a U-ViT.
+    """
+    found, products, seen, todo = set[fx.Node](), set[fx.Node](), set[fx.Node](), [value]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node not in region:
+            found.add(node)
+        elif is_matmul(node):
+            products.add(node)
+        else:
+            todo += node.all_input_nodes
+    return found, products
 
 
 def _spine_inputs(value: fx.Node, region: set[fx.Node]) -> set[fx.Node]:

@@ -12,8 +12,8 @@ from teacache_fx.costs import measure
 from teacache_fx.dataflow import Dataflow, is_assertion, is_mode, view_source
 from teacache_fx.errors import Declined, DeclineReason
 from teacache_fx.fragments import CALL_INPUTS
-from teacache_fx.graph import fake_tensors, fake_value, is_unbacked, op_name
-from teacache_fx.passes.base import PassContext, nodes_by_name
+from teacache_fx.graph import argument_name, fake_tensors, fake_value, is_unbacked, op_name
+from teacache_fx.passes.base import PassContext, nodes_by_name, output_arguments
 from teacache_fx.passes.follow_latents import check_follows_latents
 from teacache_fx.passes.input_roles import all_latents, conditioning_inputs, steady_inputs
 from teacache_fx.passes.memory_order import Parts, check_memory_order
@@ -56,7 +56,8 @@ class PartitionGraph:
         region = {by_name[name] for name in ctx.stack.region}
         live = flow.live | flow.backward([indicator])  # an extractor may compute the indicator beside the blocks
         parts = _split(gm, flow, pairs, region, (indicator, timestep), live)
-        check_follows_latents(flow, pairs, flow.carried(all_latents(flow, latents, ctx.is_fragment)))
+        outputs = [node for node in output_arguments(gm) if isinstance(node, fx.Node)]
+        check_follows_latents(flow, pairs, flow.carried(all_latents(flow, latents, ctx.is_fragment)), outputs)
         check_memory_order(flow, parts, pairs, indicator)
         _check_modes(flow)
         _check_shapes([indicator, *(pair.value for pair in pairs)])
@@ -79,10 +80,20 @@ class PartitionGraph:
         inputs = [node for node in flow.nodes if node.op == "placeholder"]
         ctx.costs = measure((parts.prologue, parts.blocks, parts.epilogue), state, inputs, latents)
         if (share := ctx.costs.skipped_share) > self.largest_share:
-            raise Declined(
-                DeclineReason.LITTLE_TO_SKIP, f"a skipped step would pay {share:.0%} of a computed one's FLOPs"
-            )
+            raise _little_to_skip(share, flow, region)
         return False
+
+
+def _little_to_skip(share: float, flow: Dataflow, region: set[fx.Node]) -> Declined:
+    """The reason may be that the blocks write to memory of the caller or of the model, which each step has to do."""
+    paid = f"a skipped step would pay {share:.0%} of a computed one's FLOPs"
+    inputs = (node for node in flow.nodes if node.op == "placeholder")
+    written = [(node, writer) for node in inputs for writer in _writers(flow, node) if writer in region]
+    if not written:
+        return Declined(DeclineReason.LITTLE_TO_SKIP, paid)
+    node, writer = written[0]
+    detail = f"the blocks write to `{argument_name(node)}`, which outlives the step, so {paid}"
+    return Declined(DeclineReason.MUTATION_ACROSS_CUT, detail, writer.name)
 
 
 def _names(nodes: Iterable[fx.Node]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ LATENT_NAMES = ("hidden_states", "latents", "sample", "x")
 ENOUGH = 3
 """A score of `says_time` from which on the name alone tells a timestep."""
 
-_TIME_WORDS = {
+_TIME_WORDS = {  # the likeliest first
     "timestep": 4, "timesteps": 4, "t": 3, "time": 3, "time_step": 3, "sigma": 3, "sigmas": 3, "noise_level": 3,
     "noise_labels": 3, "c_noise": 3, "log_snr": 3,
 }  # fmt: skip
@@ -23,3 +23,9 @@ def says_time(name: str, ndim: int) -> int:
     score = _TIME_WORDS.get(name, ENOUGH if "timestep" in name else 0)
     most = 2 if name == "t" else 5 if score > ENOUGH else 3
     return score if ndim <= most else 0
+
+
+def time_rank(name: str) -> int:
+    """Settles a tie between two timesteps: the higher, the likelier is the name the first one's."""
+    words = list(_TIME_WORDS)
+    return -words.index(name) if name in words else -len(words)

@@ -47,7 +47,7 @@ class CallLayout:
     ) -> None:
         parameters = signature.parameters.values()
         self.output = output
-        self._positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self._specs = {name: pytree.tree_structure(value) for name, value in arguments.items()}
         self._constants = {
@@ -61,10 +61,14 @@ class CallLayout:
         """The leaves of a call, in the graph's order.
 
         Raises:
-            TypeError: an argument is missing, or was not there at the capture, or had another structure.
+            TypeError: an argument is missing or given twice, or was not there at the capture, or had another structure.
             ValueError: a number, a flag or the like has another value than at the capture, where it was built in, or a
                 tensor a size, dtype or device that the graph was not captured for.
         """
+        if len(args) > len(self._positional):
+            raise TypeError(f"{len(args)} positional arguments were given, and the model takes {len(self._positional)}")
+        if twice := [name for name in self._positional[: len(args)] if name in kwargs]:
+            raise TypeError(f"{twice[0]} was given twice, by position and by name")
         given = {**dict(zip(self._positional, args, strict=False)), **kwargs}
         for name, value in given.items():
             if name not in self._specs and not _is_same(value, self._defaults.get(name, _MISSING)):

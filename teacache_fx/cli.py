@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # what torch and diffusers say about themselves is not what was asked for
         try:
             return int(arguments.run(arguments))
-        except TargetError as error:
+        except (TargetError, OSError) as error:
             print(f"teacache-fx: {error}", file=sys.stderr)
-            return 2
+        except Exception as error:  # of the model or its factory; 1, as Python would exit with, says "they differ"
+            traceback.print_exc()
+            print(f"teacache-fx: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +75,10 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(number) for number in text.split(","))
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"numbers with commas between them, such as 1.0,0.0, not {text!r}") from error
 
 
 def _snapshot(arguments: argparse.Namespace) -> int:

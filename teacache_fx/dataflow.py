@@ -20,7 +20,10 @@ from torch import fx
 
 from teacache_fx.graph import fake_value, is_unbacked, occupies, op_name, storages, written_arguments
 
-_MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+_MODES = (
+    "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode",
+    "_sdpa_kernel",
+)  # fmt: skip
 _MAKERS = ("empty_like", "full_like", "new_", "ones_like", "rand_like", "randn_like", "zeros_like")
 _LIKE_OTHERS = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 _Edges = dict[fx.Node, list[fx.Node]]
@@ -178,7 +181,7 @@ def _is_form(node: fx.Node) -> bool:
 
 
 def is_mode(node: fx.Node) -> bool:
-    """Whether the node switches a mode (autocast, grad) for the nodes that follow it."""
+    """Whether the node switches a mode (autocast, grad, attention kernels) for the nodes that follow it."""
     return op_name(node) in _MODES
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from teacache_fx.checks import check_count
 from teacache_fx.config import TeaCacheConfig
@@ -28,9 +28,10 @@ def rewrite(
 
         program = torch.export.export(teacache_fx.rewrite(transformer), (), inputs)
 
-    It takes and returns what the model does, and shares its parameters. It may as well be called, or compiled. The
-    model is captured as soon as its inputs are known: here, or when the module is exported or called for the first
-    time. The model itself stays as it is; it runs once, eagerly and without gradients.
+    It takes and returns what the model does, and shares its parameters. It may as well be called, or, once it is
+    captured, compiled. The model is captured as soon as its inputs are known: here, or when the module is exported or
+    called for the first time; call `.eval()` before. The model itself stays as it is; it runs once, eagerly and without
+    gradients.
 
     With `state="buffers"` the state lives in buffers, `module.teacache`, which an exported program keeps from call to
     call; `module.teacache.reset()` begins a new generation, and so does a call with a true `teacache_reset`, a bool
@@ -54,6 +55,8 @@ def rewrite(
         Declined: the model cannot be exported or rewritten, or is rewritten already.
     """
     _check_model(model)
+    if isinstance(args, (str, Tensor)) or not isinstance(args, Sequence):
+        raise TypeError(f"args must be a tuple of positional arguments, got {type(args).__name__}")
     if config is not None and not isinstance(config, TeaCacheConfig):
         raise TypeError(f"config must be a TeaCacheConfig, got {type(config).__name__}")
     if state not in ("buffers", "io"):

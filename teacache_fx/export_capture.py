@@ -70,6 +70,8 @@ class Captured:
         """The state before the first step, as large as a call with these arguments needs it."""
         placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         leaves = self.layout.flatten(args, kwargs) if args or kwargs else []
+        if not leaves and any(isinstance(size, torch.SymInt) for fake in self._state_fakes for size in fake.shape):
+            raise TypeError("sizes vary between calls: give initial_state the arguments of a step, for its sizes")
         shapes = StateShapes(placeholders[: self.signature.num_inputs], self.signature)
         memory = shapes.allocate([*self.weights, *leaves])
         memory.policy.num_inference_steps.fill_(num_inference_steps)
@@ -89,14 +91,17 @@ class Captured:
             raise ValueError(f"teacache_state has no {', '.join(missing)}: initial_state() makes a complete one")
         if unknown := [name for name in state if name not in self.state_names]:
             raise ValueError(f"teacache_state has {', '.join(unknown)}, not kept by this model: is it another's?")
-        for name, fake in zip(self.state_names, self._state_fakes, strict=True):
+        is_compiling = torch.compiler.is_compiling()  # then the sizes of the capture mean nothing
+        for name, fake in zip(self.state_names, () if is_compiling else self._state_fakes, strict=not is_compiling):
             given = state[name]
+            if not isinstance(given, Tensor):
+                raise TypeError(f"teacache_state[{name!r}] must be a tensor, got {type(given).__name__}")
             if given.dtype != fake.dtype or not _fits(given, fake):
                 expected = f"{str(fake.dtype).removeprefix('torch.')} {list(fake.shape)}"
                 found = f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
                 raise ValueError(f"teacache_state[{name!r}] must be {expected}, got {found}: is it another model's?")
         is_own = state[MODEL_ID] == self.model_id
-        if not torch.compiler.is_compiling() and not bool(is_own):
+        if not is_compiling and not bool(is_own):
             raise ValueError("teacache_state is another model's, or of other weights: initial_state() makes a new one")
         return [
             torch.where(is_own, state[name], 0) if name == "step_index" else state[name]
@@ -148,12 +153,18 @@ def capture(
         rewritten = pipeline.rewrite(resolved, is_portable)
     placeholders = [node for node in pipeline.original.graph.nodes if node.op == "placeholder"]
     weights = [str(spec.target) for spec in program.graph_signature.input_specs if spec.kind in _WEIGHTS]
-    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    own = {name for name, _ in named_weights(model)}
     constants = {name: program.constants[name] for name in weights if name not in own}
     fakes = [fake_value(node) for node in placeholders[len(weights) :]]
     layout = CallLayout(signature, arguments, fakes, program.call_spec.out_spec)
     model_id = _model_id(model, {**program.state_dict, **program.constants})
     return Captured(rewritten.gm, rewritten.plan, rewritten.signature, layout, tuple(weights), constants, model_id)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under all their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _model_id(model: nn.Module, weights: Mapping[str, Any]) -> int:
@@ -207,7 +218,10 @@ def _by_name(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            raise TypeError(f"*{name} of the model's forward takes {len(value)} arguments: pass them by name")
+        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise TypeError(
+                f"{name} of the model's forward can be given by position only: wrap the model in a module whose "
+                "forward names all its arguments"
+            )
         arguments.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
     return arguments

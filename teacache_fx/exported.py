@@ -38,10 +38,13 @@ def graph_of(program: ExportedProgram) -> fx.GraphModule:
     Export knows inputs by its own signature, and dynamo by where it took them from; the passes ask for the latter.
     """
     gm = copy_graph_module(program.graph_module)
-    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and (kind := _WEIGHTS.get(specs[node.name].kind)):
-            name_source(node, f"L['self'].{kind}.{specs[node.name].target}")
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    # By place: an input called `input` or `id` has got another name in the copy.
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if kind := _WEIGHTS.get(spec.kind):
+            name_source(node, f"L['self'].{kind}.{spec.target}")
+        elif hasattr(spec.arg, "name"):
+            name_source(node, f"L['{spec.arg.name}']")
     _strip_metadata_checks(gm)
     _strip_idle_casts(gm)
     gm.recompile()

@@ -29,7 +29,7 @@ def take_from_flat(gm: fx.GraphModule, plan: CachePlan, names: Sequence[str], bu
     with fake_mode_of(gm.graph):
         for name, like, buffer in zip(names, sized, buffers, strict=True):
             if buffer.ndim == 1:
-                _take(gm.graph, nodes[name], nodes[like], buffer)
+                _take(gm.graph, nodes.get(f"teacache_{name}", nodes[name]), nodes[like], buffer)
     gm.recompile()
 
 

@@ -21,9 +21,9 @@ CALL_INPUTS = ("timestep_of_call", "conditioning_of_call", "further_times_of_cal
 
 
 def with_call_inputs(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with three more inputs at the end: the mean timestep, float32, and hashes of conditioning and further times.
+    """A copy with three more inputs at the end, all of shape [].
 
-    The hashes are int64; all three are of shape [].
+    They are the mean timestep, float32, and the hashes of conditioning and further timesteps, int64.
     """
     gm = copy_graph_module(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]

@@ -31,7 +31,7 @@ def plan_lines(plan: CachePlan, graph: fx.Graph, words: Words) -> list[str]:
         *(("blocks", str(part)) for part in plan.stack.lists),
         ("latents", say((plan.stack.latents,))),
         ("timestep", say((plan.modulation.timestep,))),
-        ("further timesteps", say(plan.partition.further_times)),
+        ("further timesteps", "" if plan.is_fragment else say(plan.partition.further_times)),
         ("conditioning", say(plan.partition.conditioning)),
         ("also steady", say(steady)),
         ("modulated input", f"{say((plan.modulation.modulated_input,))}, pattern {plan.modulation.pattern}"),

@@ -244,19 +244,22 @@ def times_tell_branches(moved: Tensor, evidence: Evidence, state: PolicyState) -
 
 def relative_l1(current: Tensor, previous: Tensor, per_sample: bool = False) -> Tensor:
     """mean|current - previous| / (mean|previous| + 1e-8) in float32, of shape [], or [batch] over each sample."""
-    current, previous = _rows(current.to(torch.float32), per_sample), _rows(previous.to(torch.float32), per_sample)
-    return (current - previous).abs().mean(-1) / (previous.abs().mean(-1) + EPSILON)
+    current, previous = current.to(torch.float32), previous.to(torch.float32)
+    each = _dimensions(current, per_sample)
+    return (current - previous).abs().mean(each) / (previous.abs().mean(each) + EPSILON)
 
 
 def relative_move(current: Tensor, previous: Tensor, per_sample: bool = False) -> Tensor:
     """Like `relative_l1`, over the elements that changed: channels that only condition (a mask, an image) stay out."""
-    current, previous = _rows(current.to(torch.float32), per_sample), _rows(previous.to(torch.float32), per_sample)
+    current, previous = current.to(torch.float32), previous.to(torch.float32)
+    each = _dimensions(current, per_sample)
     difference = (current - previous).abs()
     moving = torch.where(difference == 0, 0.0, previous.abs())
-    total = difference.sum(-1)
+    total = difference.sum(each)
     # Exporters to ONNX take a number as small as the epsilon for a zero, and leave it out.
-    return torch.where(total == 0, 0.0, total / (moving.sum(-1) + EPSILON))
+    return torch.where(total == 0, 0.0, total / (moving.sum(each) + EPSILON))
 
 
-def _rows(tensor: Tensor, per_sample: bool) -> Tensor:
-    return tensor.flatten(1) if per_sample and tensor.ndim > 1 else tensor.reshape(-1)
+def _dimensions(tensor: Tensor, per_sample: bool) -> tuple[int, ...]:
+    """Those of a sample, or all. Reshaped to rows instead, inputs would have to be laid out as they were at capture."""
+    return tuple(range(1 if per_sample and tensor.ndim > 1 else 0, tensor.ndim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from teacache_fx.call_layout import leaves_by_name
 from teacache_fx.config import TeaCacheConfig
-from teacache_fx.export_capture import Captured, capture
+from teacache_fx.export_capture import Captured, capture, named_weights
 from teacache_fx.flat_state import take_from_flat
 from teacache_fx.graph import fake_value
 from teacache_fx.plan import CachePlan
@@ -50,7 +51,7 @@ class RewrittenModel(nn.Module):
         self._captured: list[Captured] = []
         self._weights: list[tuple[nn.Module, str]] = []
         self._varying: list[tuple[int, int]] = []
-        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        for name, tensor in named_weights(model):
             _register(self, name, tensor)
         self.train(model.training)
 
@@ -76,13 +77,22 @@ class RewrittenModel(nn.Module):
         self._weights = [_place(self, name) for name in captured.weights]
         if not self._is_io:
             self._add_buffers(captured)
-        self._captured = [captured]
+        self._captured, self._was_training = [captured], self.training
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModel:
+        """A copy shares the captured graph, which holds no weights and no state."""
+        memo.update({id(captured): captured for captured in self._captured})
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
 
     def _add_buffers(self, captured: Captured) -> None:
         signature = captured.signature
         self._varying = list(_varying_sizes(captured.gm, len(captured.weights), signature.num_inputs))
         length = self._config.num_inference_steps or 0
-        self.teacache = StateBuffers(signature, self._num_contexts, len(self._varying), length, captured.model_id)
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside it
+            self.teacache = StateBuffers(signature, self._num_contexts, len(self._varying), length, captured.model_id)
         count = len(signature.tensor_names)
         rows = [getattr(self.teacache, name) for name in signature.tensor_names]
         flat = [row[0] if self._num_contexts > 1 else row for row in rows]
@@ -94,6 +104,11 @@ class RewrittenModel(nn.Module):
         if not self._captured:
             self._capture_call(args, kwargs)
         captured = self._captured[0]
+        if self.training is not self._was_training:
+            raise ValueError(
+                f"the model was captured with training={self._was_training}, which is built in: call .eval() before "
+                "the model is captured, or rewrite it anew"
+            )
         own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
         leaves = captured.layout.flatten(args, kwargs)
         weights = [getattr(owner, name) for owner, name in self._weights]
@@ -101,7 +116,8 @@ class RewrittenModel(nn.Module):
         state = self._state(captured, own, sizes)
         outputs = captured.gm(*weights, *leaves, *state)
         count = captured.signature.num_outputs
-        result, added = pytree.tree_unflatten(list(outputs[:count]), captured.layout.output), outputs[count:]
+        result = pytree.tree_unflatten(list(outputs[:count]), captured.layout.output)
+        added = [tensor.detach() for tensor in outputs[count:]]  # or a step would hold on to all before it
         if self._is_io:
             kept = added[: len(state) - 1]  # behind them comes what is recorded; no step changes the last two
             rest = (state[-1].clone(), torch.full_like(state[-1], captured.model_id))
@@ -116,8 +132,7 @@ class RewrittenModel(nn.Module):
             return captured.checked_state(own[STATE])
         if STATE in own:
             raise TypeError(f"{STATE} is an argument of the form state='io'; here the state lives in buffers")
-        if (CONTEXT in own) is not (self._num_contexts > 1):
-            raise TypeError(f"{CONTEXT}, an int64 tensor of shape [], belongs to num_contexts > 1, not to 1")
+        _check_own(own, self._num_contexts)
         return self.teacache.read(own.get(CONTEXT), own.get(RESET), sizes)
 
     def initial_state(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -182,6 +197,20 @@ class RewrittenModel(nn.Module):
         yield from super().named_modules(*args, **kwargs)
 
 
+def _check_own(own: Mapping[str, Any], num_contexts: int) -> None:
+    """Raises what is wrong with `teacache_context` or `teacache_reset`."""
+    if (CONTEXT in own) is not (num_contexts > 1):
+        wanted = f"says which of the {num_contexts} contexts" if num_contexts > 1 else "needs num_contexts > 1"
+        raise TypeError(f"{CONTEXT}, an int64 tensor of shape [], {wanted}")
+    for name, dtype in ((CONTEXT, torch.int64), (RESET, torch.bool)):
+        given = own.get(name)
+        if name in own and not (isinstance(given, Tensor) and given.dtype == dtype and given.ndim == 0):
+            kind = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"{name} must be a tensor of shape [] and {dtype}, got {kind}")
+    if CONTEXT in own and not torch.compiler.is_compiling() and not 0 <= int(own[CONTEXT]) < num_contexts:
+        raise ValueError(f"{CONTEXT} must be from 0 to {num_contexts - 1}, got {int(own[CONTEXT])}")
+
+
 def with_signature_of(model: nn.Module) -> type[RewrittenModel]:
     """A class whose forward has the model's signature, and the names of our own inputs behind it."""
 
@@ -222,6 +251,8 @@ def _varying_sizes(gm: fx.GraphModule, first: int, stop: int) -> Iterator[tuple[
 
 def _register(root: nn.Module, path: str, tensor: Tensor) -> None:
     *owners, name = path.split(".")
+    if hasattr(RewrittenModel, path.split(".")[0]) or path.startswith("teacache."):
+        raise ValueError(f"`{path.split('.')[0]}` of the model has a name that the rewritten module needs: rename it")
     for step in owners:
         if step not in root._modules:
             root.add_module(step, nn.Module())

@@ -125,7 +125,13 @@ class StateBuffers(nn.Module):
 
     def _write(self, name: str, context: Tensor | None, value: Tensor) -> None:
         buffer: Tensor = getattr(self, name)
-        if name in self._single or (name in self._names and self.flat[self._names.index(name)]):
+        is_flat = name in self._names and self.flat[self._names.index(name)]
+        if is_flat and context is not None:  # parts of several rows at once are no one piece of memory
+            for number in range(buffer.shape[0]):
+                part = buffer[number].narrow(0, 0, value.numel())
+                part.copy_(torch.where(context == number, value.reshape(-1), part))
+            return
+        if name in self._single or is_flat:
             buffer, value = buffer.narrow(-1, 0, value.numel()), value.reshape(-1)
         if context is None:
             buffer.copy_(value)

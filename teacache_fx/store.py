@@ -39,8 +39,8 @@ class StateStore:
     """All states of the models of one class under one config. Compiled graphs come and go, the store stays.
 
     Note [Which state?]: the key is the model (all its weights), the request, the branch's name, the python numbers that
-    vary, the shapes and the graph, and the identity of the conditioning. Where the conditioning was made anew, the state is handed on; the hash
-    of the contents, in the graph, tells whether the numbers are the same.
+    vary, the shapes and the graph, and the identity of the conditioning. Where the conditioning was made anew, the
+    state is handed on; the hash of the contents, in the graph, tells whether the numbers are the same.
 
     Args:
         max_contexts: states kept; the least recently used one goes first.

@@ -29,8 +29,8 @@ def load_model(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
     Raises:
         TargetError: there is no such module or factory, or it makes something else.
     """
-    module_name, colon, name = target.partition(":")
-    if not colon or not name:
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
         raise TargetError(f"{target!r} is neither a file nor module:factory, such as my_models:transformer")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -43,7 +43,10 @@ def load_model(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
     factory = getattr(module, name, None)
     if not callable(factory):
         raise TargetError(f"{target!r}: {module_name} has no function {name!r}")
-    made = factory()
+    try:
+        made = factory()
+    except SystemExit as error:
+        raise TargetError(f"{target!r} ends the process instead of making a model: sys.exit({error.code!r})") from error
     if isinstance(made, (tuple, list)) and len(made) in (2, 3) and isinstance(made[0], nn.Module):
         args, kwargs = made[1:] if len(made) == 3 else ((), made[1])
         if isinstance(args, Sequence) and isinstance(kwargs, Mapping):

@@ -43,7 +43,7 @@ def gather_evidence(
     def average(value: Tensor) -> Tensor:
         value = value.to(latents.device, torch.float32)
         if _has_rows(value, latents, per_sample):
-            return value.reshape(value.shape[0], -1).mean(1)
+            return value if value.ndim == 1 else value.mean(tuple(range(1, value.ndim)))
         return value.mean().expand(batch)
 
     time = latents.new_zeros(batch, dtype=torch.float32) if timestep is None else average(timestep)
@@ -77,7 +77,8 @@ def content_hash(tensor: Tensor, per_sample: bool = False, is_portable: bool = F
     """
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    tensor = tensor.resolve_neg()
+    # Traced with contiguous inputs, `reshape` is a view, and fails for a chunk of a batch that a later call brings.
+    tensor = tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
     rows = (tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]) if per_sample else tensor.reshape(1, -1)
     is_wide = rows.dtype in (torch.float64, torch.int64)
     if rows.is_floating_point() and is_portable:

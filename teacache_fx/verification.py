@@ -64,12 +64,14 @@ def verify_export(
         ExportError: a decision or an output differs; the message is the table. A `VerificationError`.
         TypeError: `program_or_path` or `model` is of a wrong type.
         FileNotFoundError: there is no such file.
-        ValueError: the file holds no program, the program takes other inputs or returns other outputs than the model,
-            the settings never skip a step, or the arguments give no finite numbers.
+        ValueError: `tolerance` is no such number, the file holds no program, the program takes other inputs or returns
+            other outputs than the model, the settings never skip a step, or the arguments give no finite numbers.
         ImportError: an .onnx file, and ONNX Runtime is not installed.
         Declined: the model cannot be rewritten.
     """
     check_count("num_steps", num_steps, 2)
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise ValueError(f"tolerance must be a finite number that is not negative, got {tolerance}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     program = open_program(program_or_path, list(inspect.signature(model.forward).parameters))

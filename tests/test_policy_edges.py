@@ -158,7 +158,7 @@ def test_the_initial_state_has_a_tensor_of_its_own_for_each_field() -> None:
     state = PolicyState.initial(7, shape=(2,))
     assert len({field.data_ptr() for field in state}) == len(state)
     assert [field.tolist() for field in state] == [[0, 0]] * 9 + [7]
-    integers = {"step_index", "consecutive_skips", "conditioning", "num_inference_steps"}
+    integers = {"step_index", "consecutive_skips", "conditioning", "further_times", "num_inference_steps"}
     assert {name for name, field in state._asdict().items() if field.dtype == torch.int64} == integers
 
 

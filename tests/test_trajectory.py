@@ -181,7 +181,7 @@ def test_without_timestep_and_conditioning(per_sample: bool) -> None:
     evidence = gather_evidence(None, LATENTS.bfloat16(), PREVIOUS.bfloat16(), [], per_sample=per_sample)
     shape = (BATCH,) if per_sample else ()
     assert [tuple(field.shape) for field in evidence] == [shape] * 4
-    assert [field.dtype for field in evidence] == [torch.float32, torch.float32, torch.int64]
+    assert [field.dtype for field in evidence] == [torch.float32, torch.float32, torch.int64, torch.int64]
     assert not evidence.timestep.any()
     assert not evidence.conditioning.any()
 

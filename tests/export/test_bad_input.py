@@ -82,7 +82,11 @@ def test_bad_states(change: Callable[[Any], Any], error: type[Exception], messag
     ("arguments", "message"),
     [
         ({"teacache_state": {}}, "teacache_state is an argument of the form state='io'"),
-        ({"teacache_context": torch.tensor(0)}, "teacache_context, an int64 tensor"),
+        (
+            {"teacache_context": torch.tensor(0)},
+            "teacache_context, an int64 tensor of shape .., needs num_contexts > 1",
+        ),
+        ({"teacache_reset": True}, r"teacache_reset must be a tensor of shape \[\] and torch.bool, got bool"),
         ({"guidance": torch.ones(1)}, "guidance was not given when the model was captured"),
         ({"timestep": 3.0}, "timestep was a tensor when the model was captured, and is no tensor now"),
     ],
@@ -91,6 +95,10 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     rewritten = rewrite(toys.make(), (), toys.inputs(), config=CONFIG)
     with torch.no_grad(), pytest.raises(TypeError, match=message):
         rewritten(**{**toys.inputs(), **arguments})
+    with pytest.raises(TypeError, match="hidden_states was given twice, by position and by name"):
+        rewritten(toys.inputs()["hidden_states"], **toys.inputs())
+    with pytest.raises(TypeError, match="4 positional arguments were given, and the model takes 3"):
+        rewritten(*toys.inputs().values(), 1)
     with pytest.raises(TypeError, match="encoder_hidden_states is missing"):
         rewritten(toys.inputs()["hidden_states"], toys.inputs()["timestep"])
 
@@ -169,3 +177,48 @@ def test_sizes_without_a_limit() -> None:
     shapes = {"hidden_states": {1: Dim("tokens")}, "timestep": None, "encoder_hidden_states": None}
     with pytest.raises(ValueError, match=r"needs room for the largest call.*Dim\(name, max=4096\)"):
         rewrite(toys.make(), (), toys.inputs(), config=CONFIG, dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "message"),
+    [
+        (None, TypeError, "says which of the 2 contexts"),
+        (1, TypeError, r"must be a tensor of shape \[\] and torch.int64, got int"),
+        (torch.tensor([1]), TypeError, r"got torch.int64 \[1\]"),
+        (torch.tensor(1.0), TypeError, r"got torch.float32 \[\]"),
+        (torch.tensor(2), ValueError, "must be from 0 to 1, got 2"),
+        (torch.tensor(-1), ValueError, "must be from 0 to 1, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_contexts(context: Any, error: type[Exception], message: str) -> None:
+    rewritten = rewrite(toys.make(), (), toys.inputs(), config=CONFIG, num_contexts=2)
+    own = {} if context is None else {"teacache_context": context}
+    with torch.no_grad(), pytest.raises(error, match=message):
+        rewritten(**toys.inputs(), **own)
+
+
+def test_another_mode_than_at_the_capture() -> None:
+    rewritten = rewrite(toys.make().train(), (), toys.inputs(), config=CONFIG)
+    with torch.no_grad():
+        rewritten(**toys.inputs())
+        with pytest.raises(ValueError, match="captured with training=True, which is built in"):
+            rewritten.eval()(**toys.inputs())
+
+
+def test_names_that_the_rewritten_module_needs() -> None:
+    model = toys.make()
+    model.plan = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="`plan` of the model has a name that the rewritten module needs"):
+        rewrite(model)
+
+
+def test_arguments_by_position_only() -> None:
+    class Positional(toys.ToyDiT):
+        def forward(self, hidden_states: Any, timestep: Any, encoder_hidden_states: Any, /) -> Any:  # type: ignore[override]
+            return super().forward(hidden_states, timestep, encoder_hidden_states)
+
+    with pytest.raises(TypeError, match="hidden_states of the model's forward can be given by position only"):
+        rewrite(toys.make(Positional), tuple(toys.inputs().values()))
+    with pytest.raises(TypeError, match="args must be a tuple of positional arguments, got Tensor"):
+        rewrite(toys.make(), torch.ones(2))  # type: ignore[arg-type]

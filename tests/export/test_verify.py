@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import teacache_fx
@@ -112,6 +112,32 @@ def test_a_state_that_begins_anew_is_found_out() -> None:
     model = toys.make()
     with pytest.raises(ExportError, match="computes every step: the cache has vanished"):
         verify(torch.export.export(Forgetful(model, toys.inputs()).eval(), (), toys.inputs(), strict=False))
+
+
+class Swapping(nn.Module):
+    """Runs the form "io", and gives two numbers of the state back in each other's place."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        self.rewritten = teacache_fx.rewrite(toys.make(), (), toys.inputs(), config=CONFIG, state="io")
+        self.names = {first: second, second: first}
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, teacache_state: dict[str, Tensor]
+    ) -> Any:
+        inputs = {"hidden_states": hidden_states, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        output, state = self.rewritten(**inputs, teacache_state=teacache_state)
+        return output, {name: state[self.names.get(name, name)].clone() for name in state}
+
+
+@pytest.mark.parametrize(
+    "names", [("previous_timestep", "timestep_direction"), ("latents_move", "previous_latents_move")], ids=str
+)
+def test_numbers_of_the_state_in_wrong_places_are_found_out(names: tuple[str, str]) -> None:
+    model = Swapping(*names).eval()
+    kwargs = {**toys.inputs(), "teacache_state": model.rewritten.initial_state()}
+    with pytest.raises(ExportError, match="state was lost"):
+        verify(torch.export.export(model, (), kwargs, strict=False))
 
 
 @pytest.mark.parametrize("thresh", [0.187, 0.213])

@@ -176,7 +176,68 @@ def _pair() -> dict[str, Any]:
 
 
 R = DeclineReason
+
+
+class TemperatureModel(Dit):
+    """Not a denoiser: what is called `t` divides the result."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        c = self.y_embedder(y)
+        return self.unpatchify(self.final_layer(self.trunk(self.embed(x), c), c)) / t[:, None, None, None]
+
+
+class SummedBlock(nn.Module):
+    """Passes its tokens on, and gives something beside them, as a WaveNet's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.skip = Block(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.block(x, c)
+        return x, self.skip(x)
+
+
+class SummedSkipsDit(Dit):
+    """The output is read from the sum of what is given beside the tokens, and these are not in it."""
+
+    def build(self) -> None:
+        self.blocks = nn.ModuleList(SummedBlock() for _ in range(4))
+
+    def trunk(self, x: Tensor, c: Tensor) -> Tensor:
+        x, total = self.blocks[0](x, c)
+        for block in self.blocks[1:]:
+            x, skip = block(x, c)
+            total = total + skip
+        return total
+
+
+class RegistersDit(Dit):
+    """Returns its register tokens too, which start from the same numbers at each step."""
+
+    def build(self) -> None:
+        super().build()
+        self.registers = nn.Parameter(torch.randn(1, 3, WIDTH))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        c, tokens = self.t_embedder(t) + self.y_embedder(y), self.embed(x)
+        tokens = self.trunk(torch.cat([self.registers.expand(len(x), -1, -1), tokens], 1), c)
+        return self.unpatchify(self.final_layer(tokens[:, 3:], c)), tokens[:, :3]
+
+
+class ChosenKernelsDit(Dit):
+    """Says in its forward which attention kernels may run."""
+
+    def trunk(self, x: Tensor, c: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return super().trunk(x, c)
+
+
 CASES = {
+    "temperature": Lookalike(TemperatureModel, images, R.NO_TIMESTEP),
+    "summed skips": Lookalike(SummedSkipsDit, images, R.NO_MATCHING_INPUT),
+    "registers out": Lookalike(RegistersDit, images, R.STALE_OUTPUT),
+    "chosen kernels": Lookalike(ChosenKernelsDit, images, R.MODE_ACROSS_CUT),
     "single block": Lookalike(SingleBlockDit, images, R.NO_REPEATED_BLOCKS),
     "two heads": Lookalike(TwoHeadsDit, images, R.SINGLE_BLOCK),
     "experts": Lookalike(ExpertsDit, images, R.SINGLE_BLOCK),

@@ -62,6 +62,19 @@ class SoundedDit(Dit):
         return self.unpatchify(self.final_layer(tokens[:, :TOKENS], c)), self.sound_out(tokens[:, TOKENS:])
 
 
+class AlternatingDit(Dit):
+    """Space and time take turns in one list: blocks of one class on tokens laid out in two ways."""
+
+    def trunk(self, x: Tensor, c: Tensor) -> Tensor:
+        frames, tokens = 2, TOKENS // 2
+        x = x.reshape(-1, tokens, WIDTH)
+        for space, time in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            x = space(x, c.repeat_interleave(frames, 0)).unflatten(0, (-1, frames)).transpose(1, 2)
+            x = time(x.reshape(-1, frames, WIDTH), c.repeat_interleave(tokens, 0)).unflatten(0, (-1, tokens))
+            x = x.transpose(1, 2).reshape(-1, tokens, WIDTH)
+        return x.reshape(-1, TOKENS, WIDTH)
+
+
 def _sounded(**more: Any) -> dict[str, Any]:
     given = images(3 * CHANNELS)
     sound = torch.randn(2, SOUNDS, CHANNELS, generator=torch.Generator().manual_seed(3))
@@ -77,6 +90,7 @@ CASES = {
     "output filled in place": Expected(FilledOutputDit),
     "time cast to the tokens' type": Expected(TypedTimeDit),
     "time shaped like latents": Expected(TimeLikeLatentsDit, _timed, timestep_input="l_timestep_"),
+    "space and time in turns": Expected(AlternatingDit, live=((4, TOKENS // 2, WIDTH),)),
     "pictures and sound": Expected(
         SoundedDit, _sounded, "hidden_states", live=((2, TOKENS + SOUNDS, WIDTH),), share=0.15
     ),
