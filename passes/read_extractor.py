@@ -47,7 +47,7 @@ class ReadExtractor:
         region = inside - {pair.base for pair in pairs}
         live_outputs = describe_pairs(pairs, flow, latents)
         ctx.stack = BlockStack((), latents.name, tuple(node.name for node in flow.sort(region)), live_outputs)
-        timestep = find_timestep(flow, latents.name)
+        timestep = find_timestep(flow, latents.name, region)
         ctx.modulation = Modulation(marked["modulated_input"].name, "extractor", timestep.name, "the extractor")
         return False
 

@@ -137,7 +137,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     if isinstance(target, torch._ops.OpOverload):
         return list(dict.fromkeys(_schema_writes(node, target)))
     if isinstance(target, torch._ops.OpOverloadPacket):  # `torch.ops.space.name(x)` leaves open which one is meant
-        overloads = [getattr(target, name) for name in target.overloads()]
+        overloads = [getattr(target, name) for name in target.overloads()]  # type: ignore[no-untyped-call]
         return list(dict.fromkeys(argument for each in overloads for argument in _schema_writes(node, each)))
     written = [node.kwargs["out"]] if "out" in node.kwargs else []
     if node.args and _writes_first_argument(node):

@@ -124,6 +124,10 @@ class GraphBackend:
             listen(root, self)
         return CachedGraph(compiled, rewritten, store, settings.config)
 
+    def __deepcopy__(self, _: dict[int, Any]) -> GraphBackend:
+        """A copied model has states of its own, and reports to the same backend."""
+        return self
+
     def stats(self) -> CacheStats:
         """What happened at each step so far, per model and context. Reads the records from the device."""
         contexts = []

@@ -24,6 +24,7 @@ from teacache_fx.passes import ANALYSIS, REWRITING, Pass, PassContext
 from teacache_fx.passes.verify import verify
 from teacache_fx.plan import CachePlan
 from teacache_fx.policy import Policy
+from teacache_fx.regions import with_regions_inlined
 from teacache_fx.render import render
 from teacache_fx.signature import CacheSignature
 from teacache_fx.slices import with_known_slices
@@ -128,7 +129,7 @@ class Pipeline:
 
 def _prepared(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph without what is in the way of moving nodes into a branch."""
-    return with_known_slices(with_fixed_numbers(without_idle_modes(gm)))
+    return with_known_slices(with_fixed_numbers(without_idle_modes(with_regions_inlined(gm))))
 
 
 def policy_of(config: ResolvedConfig) -> Policy:

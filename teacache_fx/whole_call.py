@@ -45,8 +45,8 @@ class WholeCall:
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """What `CALL_INPUTS` of `teacache_fx.fragments` are, on the device."""
-        hashes = (_hash_all(tensors, device) for tensors in (self.steady, self.further_times))
-        return self.timestep.to(device, torch.float32).mean(), *hashes
+        time = self.timestep.to(device, torch.float32).mean()
+        return time, _hash_all(self.steady, device), _hash_all(self.further_times, device)
 
 
 def _hash_all(tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ LEVELS = (
         "capture", "config", "dataflow", "exported", "fixed_numbers", "flops", "fragments", "identity", "listener",
         "marks", "modes", "pin_operands", "plot", "segments", "size_names", "state_buffers",
     },
-    {"costs", "compilers", "extractors", "render", "slices", "state", "whole_call"},
+    {"costs", "compilers", "extractors", "regions", "render", "slices", "state", "whole_call"},
     {"canonical", "plan", "stats", "store"},
     {"flat_state", "folding", "report", "passes.base"},
     {

@@ -40,7 +40,7 @@ class MaskedEarlyBreakDiT(EarlyBreakDiT):
         for block in self.blocks:
             hidden_states = block(hidden_states + mask.mean(), hidden_states[:, :words], temb)
         sample: Tensor = self.proj_out(self.norm_out(hidden_states))[:, words:]
-        return sample.unflatten(1, (2, -1))
+        return torch.unflatten(sample, 1, (2, -1))
 
 
 class HostMlp(nn.Module):

@@ -67,7 +67,7 @@ class ScaledDit(Dit):
 
 @torch.no_grad()
 def test_a_number_that_the_model_holds() -> None:
-    model = _make(ScaledDit)
+    model: Any = _make(ScaledDit)
     compiled, _ = _compiled(model, on_decline="ignore")
     for scale in (1.0, 0.3, 0.6, 0.9, 0.1, 0.3):
         model.scale = scale
@@ -81,7 +81,7 @@ class StartingDit(Dit):
         super().__init__()
         self.start_embedder = TimestepEmbedder()
 
-    def forward(self, x: Tensor, timestep: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, timestep: Tensor, time: Tensor) -> Tensor:
         c = self.t_embedder(timestep) + self.start_embedder(time)
         return self.unpatchify(self.final_layer(self.trunk(self.embed(x), c), c))
 

@@ -215,7 +215,7 @@ def test_names_that_the_rewritten_module_needs() -> None:
 
 def test_arguments_by_position_only() -> None:
     class Positional(toys.ToyDiT):
-        def forward(self, hidden_states: Any, timestep: Any, encoder_hidden_states: Any, /) -> Any:  # type: ignore[override]
+        def forward(self, hidden_states: Any, timestep: Any, encoder_hidden_states: Any, /) -> Any:
             return super().forward(hidden_states, timestep, encoder_hidden_states)
 
     with pytest.raises(TypeError, match="hidden_states of the model's forward can be given by position only"):

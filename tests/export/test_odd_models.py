@@ -21,7 +21,7 @@ TORCH_WARNS = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:
 class NamedDiT(toys.ToyDiT):
     """Arguments called as Python's own names are, and as tensors of the state are."""
 
-    def forward(self, input: Tensor, timestep: Tensor, step_index: Tensor) -> Tensor:  # type: ignore[override] # noqa: A002
+    def forward(self, input: Tensor, timestep: Tensor, step_index: Tensor) -> Tensor:  # noqa: A002
         return super().forward(input, timestep, step_index)
 
 

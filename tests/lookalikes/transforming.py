@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -205,10 +206,11 @@ class SummedSkipsDit(Dit):
         self.blocks = nn.ModuleList(SummedBlock() for _ in range(4))
 
     def trunk(self, x: Tensor, c: Tensor) -> Tensor:
-        x, total = self.blocks[0](x, c)
-        for block in self.blocks[1:]:
+        skips = []
+        for block in self.blocks:
             x, skip = block(x, c)
-            total = total + skip
+            skips.append(skip)
+        total: Tensor = functools.reduce(torch.add, skips)
         return total
 
 

@@ -212,7 +212,31 @@ class AlternatingDit(Dit):
         return x
 
 
+class CheckpointedDit(Dit):
+    """Calls each block through activation checkpointing, which does nothing without gradients."""
+
+    def trunk(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
+        return x
+
+
+class NestedRegionBlock(Block):
+    """Compiled once for all blocks."""
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return super().forward(x, c)
+
+
+class NestedRegionsDit(Dit):
+    def build(self) -> None:
+        self.blocks = nn.ModuleList(NestedRegionBlock() for _ in range(DEPTH))
+
+
 CASES = {
+    "checkpointed": Expected(CheckpointedDit),
+    "nested compile regions": Expected(NestedRegionsDit),
     "sequential": Expected(SequentialDit, pattern=IN_TOKENS),
     "sequential of pairs": Expected(PairSequentialDit),
     "sequential with a condition": Expected(ConditionedSequentialDit),
