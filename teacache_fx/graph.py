@@ -199,11 +199,12 @@ def is_weight(placeholder: fx.Node) -> bool:
 def is_number(placeholder: fx.Node) -> bool:
     """Whether this input is a python number that varies between calls: of the caller, or an attribute of a module.
 
-    Dynamo passes a float as a tensor on the CPU, which an argument's hash covers; an integer as it is, sizes too.
+    Dynamo passes a float as a tensor on the CPU, which an argument's hash covers, and an integer as it is. So it does
+    with the sizes of tensors, which are none.
     """
     value = fake_value(placeholder)
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return True
+        return "()[" not in source_name(placeholder)  # x.size()[0]
     is_alone = isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype == torch.float64
     return is_alone and value.device.type == "cpu" and not is_user_input(placeholder) and not is_weight(placeholder)
 

@@ -18,13 +18,11 @@ from teacache_fx.config import TeaCacheConfig
 from teacache_fx.export_capture import Captured, capture, named_weights
 from teacache_fx.flat_state import take_from_flat
 from teacache_fx.graph import fake_value
+from teacache_fx.own_inputs import CONTEXT, OWN, RESET, STATE, check_own
 from teacache_fx.plan import CachePlan
 from teacache_fx.state_buffers import StateBuffers
 
 StateForm = Literal["buffers", "io"]
-
-STATE, RESET, CONTEXT = "teacache_state", "teacache_reset", "teacache_context"
-_OWN = (STATE, RESET, CONTEXT)
 
 
 class RewrittenModel(nn.Module):
@@ -68,9 +66,9 @@ class RewrittenModel(nn.Module):
             ValueError: a size may grow without limit, and the state lives in buffers.
         """
         model = self._source[0]
-        kwargs = {name: value for name, value in kwargs.items() if name not in _OWN}
+        kwargs = {name: value for name, value in kwargs.items() if name not in OWN}
         if isinstance(dynamic_shapes, Mapping):
-            dynamic_shapes = {name: sizes for name, sizes in dynamic_shapes.items() if name not in _OWN}
+            dynamic_shapes = {name: sizes for name, sizes in dynamic_shapes.items() if name not in OWN}
         captured = capture(model, args, kwargs, dynamic_shapes, self._config, self._is_io)
         for name, tensor in captured.constants.items():
             _register(self, name, tensor)
@@ -109,7 +107,7 @@ class RewrittenModel(nn.Module):
                 f"the model was captured with training={self._was_training}, which is built in: call .eval() before "
                 "the model is captured, or rewrite it anew"
             )
-        own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
+        own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
         leaves = captured.layout.flatten(args, kwargs)
         weights = [getattr(owner, name) for owner, name in self._weights]
         sizes = [leaves[leaf].shape[dimension] for leaf, dimension in self._varying]
@@ -132,7 +130,7 @@ class RewrittenModel(nn.Module):
             return captured.checked_state(own[STATE])
         if STATE in own:
             raise TypeError(f"{STATE} is an argument of the form state='io'; here the state lives in buffers")
-        _check_own(own, self._num_contexts)
+        check_own(own, self._num_contexts)
         return self.teacache.read(own.get(CONTEXT), own.get(RESET), sizes)
 
     def initial_state(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -197,20 +195,6 @@ class RewrittenModel(nn.Module):
         yield from super().named_modules(*args, **kwargs)
 
 
-def _check_own(own: Mapping[str, Any], num_contexts: int) -> None:
-    """Raises what is wrong with `teacache_context` or `teacache_reset`."""
-    if (CONTEXT in own) is not (num_contexts > 1):
-        wanted = f"says which of the {num_contexts} contexts" if num_contexts > 1 else "needs num_contexts > 1"
-        raise TypeError(f"{CONTEXT}, an int64 tensor of shape [], {wanted}")
-    for name, dtype in ((CONTEXT, torch.int64), (RESET, torch.bool)):
-        given = own.get(name)
-        if name in own and not (isinstance(given, Tensor) and given.dtype == dtype and given.ndim == 0):
-            kind = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-            raise TypeError(f"{name} must be a tensor of shape [] and {dtype}, got {kind}")
-    if CONTEXT in own and not torch.compiler.is_compiling() and not 0 <= int(own[CONTEXT]) < num_contexts:
-        raise ValueError(f"{CONTEXT} must be from 0 to {num_contexts - 1}, got {int(own[CONTEXT])}")
-
-
 def with_signature_of(model: nn.Module) -> type[RewrittenModel]:
     """A class whose forward has the model's signature, and the names of our own inputs behind it."""
 
@@ -219,7 +203,7 @@ def with_signature_of(model: nn.Module) -> type[RewrittenModel]:
         return RewrittenModel.forward(self, *args, **kwargs)
 
     parameters = list(inspect.signature(type(model).forward).parameters.values())
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OWN]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in OWN]
     is_open = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     behind = [parameters.pop()] if is_open else []
     forward.__signature__ = inspect.Signature([*parameters, *own, *behind])  # type: ignore[attr-defined]

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from teacache_fx.checks import check_count
 from teacache_fx.config import TeaCacheConfig
 from teacache_fx.open_program import open_program
+from teacache_fx.own_inputs import CONTEXT, RESET, STATE
 from teacache_fx.program_runners import Expected, ProgramRunner
 from teacache_fx.reference_steps import Reference, ReferenceStep, State, tensors_of
 from teacache_fx.signature import RECORDED
 from teacache_fx.state_buffers import SIZES
 from teacache_fx.verified_steps import ExportError, Verification, VerifiedStep, judge
 
-_STATE, _RESET, _CONTEXT = "teacache_state_", "teacache_reset", "teacache_context"
+_STATE = f"{STATE}_"
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2
 _MARGIN, _HALF_MARGIN = 0.05, 0.15
 
@@ -118,7 +119,7 @@ def _check_inputs(program: ProgramRunner, reference: Reference) -> None:
 def _own_inputs(program: ProgramRunner, state: State) -> dict[str, Tensor]:
     """Those that the rewriting has added, as far as the program has any."""
     device = state["step_index"].device
-    own = {_RESET: torch.tensor(False, device=device), _CONTEXT: torch.tensor(0, device=device)}
+    own = {RESET: torch.tensor(False, device=device), CONTEXT: torch.tensor(0, device=device)}
     own = {name: tensor for name, tensor in own.items() if name in program.inputs}
     if any(name.startswith(_STATE) for name in program.inputs):
         own |= {_STATE + name: tensor for name, tensor in state.items()}
@@ -164,6 +165,6 @@ def _check_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
 
 def _kept_state(program: ProgramRunner, own: Mapping[str, Tensor]) -> State:
     """The state that the program has after a step, as far as it can be read; of the first context."""
-    if _CONTEXT in program.inputs:
+    if CONTEXT in program.inputs:
         return {name: tensor[0] for name, tensor in program.state().items()}
     return {**program.state(), **{name.removeprefix(_STATE): tensor for name, tensor in own.items()}}

@@ -18,7 +18,7 @@ SOURCES = sorted([*ROOT.glob("teacache_fx/*.py"), *ROOT.glob("passes/*.py")])
 LEVELS = (
     {
         "argument_names", "checks", "errors", "coefficients", "einsum", "forwards", "module_paths",
-        "opaque", "policy", "sizes", "snapshot_text",
+        "opaque", "own_inputs", "policy", "sizes", "snapshot_text",
     },
     {"advice", "call_layout", "contexts", "graph", "graph_diff", "signature", "trajectory"},
     {

@@ -64,6 +64,8 @@ GUARDS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "latents jumped": partial(replaced, policy, "latents_jumped", _never),
     "hash of the conditioning": partial(replaced, policy, "conditioning_changed", _never),
     "identity of the conditioning": lambda: replaced(store, "_identities", lambda _: ()),
+    "further timesteps": partial(replaced, policy, "times_tell_branches", _never),
+    "numbers": lambda: replaced(store, "_Scope", _scope_without("numbers")),
     "not finite": partial(replaced, policy, "not_finite", _never),
     "name of the branch": lambda: replaced(store, "_Scope", _scope_without("name")),
     "request": lambda: replaced(store, "_Scope", _scope_without("request_id")),

@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests import toys
 from tests.faults.row import FRESH, CachedDiT, fault, interleave, prompt
@@ -59,6 +60,49 @@ def _() -> None:
     scene.outputs.clear()
     gc.collect()
     assert reference() is None
+
+
+class LabelledDiT(toys.ToyDiT):
+    """Conditioned on a python number too."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, label: int
+    ) -> Tensor:
+        return super().forward(hidden_states, timestep, encoder_hidden_states * label)
+
+
+class StartedDiT(toys.ToyDiT):
+    """Conditioned on a time too, that of where a piece of music begins."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, time: Tensor
+    ) -> Tensor:
+        start = self.embed_time(time).mean(-1)[:, None, None]
+        return super().forward(hidden_states + start, timestep, encoder_hidden_states)
+
+
+@fault(
+    "branches", "two branches that differ in a python number alone, which dynamo has made an input of the graph",
+    "each has a state of its own", "numbers",
+)  # fmt: skip
+def _() -> None:
+    scene, run = Scene(toys.make(LabelledDiT)), Generation(0, prompt())
+    for label in (1, 2):  # built in; an input from then on
+        scene.run({**run.inputs(), "label": label})
+    for expected in FRESH:
+        inputs = run.inputs()
+        assert [scene.run({**inputs, "label": label}) for label in (5, 7)] == [expected] * 2
+
+
+@fault(
+    "branches", "two branches that differ in a second timestep alone, without names",
+    "it has changed while the first stood still: always computed", "further timesteps",
+)  # fmt: skip
+def _() -> None:
+    scene, run = Scene(toys.make(StartedDiT)), Generation(0, prompt())
+    for _ in range(3):
+        inputs = run.inputs()
+        assert all(scene.run({**inputs, "time": torch.full((2,), start)}) for start in (30.0, 0.0))
 
 
 @fault("numbers", "NaN in the latents of one step", "computed then and after it", "not finite")
