@@ -22,9 +22,9 @@ def check_follows_latents(
 ) -> None:
     """Raises `Declined` (STALE_OUTPUT) if an output is read only from tokens of the stack that are not the latents'."""
     readings = [reading for pair in pairs for reading in _readings(flow, pair, dependent)]
-    following = flow.forward(node for node, follows in readings if follows)
     stale = [node for node, follows in readings if not follows]
-    frozen = [output for output in outputs if output in flow.forward(stale) and output not in following]
+    standing = flow.forward(stale) - flow.forward(node for node, follows in readings if follows)
+    frozen = [output for output in outputs if output in standing]
     if frozen:
         detail = "the output is read from tokens of the stack that do not start from the latents"
         if len(frozen) < len(outputs):

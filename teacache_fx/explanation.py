@@ -61,16 +61,18 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> RewriteReport:
 
 def report_of(gm: fx.GraphModule, class_name: str, site: CaptureSite = CaptureSite()) -> RewriteReport:  # noqa: B008
     """Analyses one captured graph with the default settings."""
-    pipeline = Pipeline(gm)
+    timings: dict[str, float] = {}
     try:
+        pipeline = Pipeline(gm)
+        timings = pipeline.timings
         plan = pipeline.analyse()
     except Declined as refusal:
         declined = explained(refusal, site)
-        return RewriteReport(class_name, len(gm.graph.nodes), declined=declined, timings=pipeline.timings)
+        return RewriteReport(class_name, len(gm.graph.nodes), declined=declined, timings=timings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TeaCacheWarning)  # the report names the polynomial
         resolved = TeaCacheConfig().resolve(class_name)
-    return RewriteReport(class_name, len(gm.graph.nodes), plan, config=resolved, timings=pipeline.timings)
+    return RewriteReport(class_name, len(gm.graph.nodes), plan, config=resolved, timings=timings)
 
 
 _MISSING = {

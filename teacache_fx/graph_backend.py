@@ -86,10 +86,10 @@ class GraphBackend:
         site = capture_site()
         root = site.root
         class_name = type(root).__name__ if root is not None else "function"
-        pipeline = Pipeline(gm, is_fragment=site.is_resumed and current_call() is not None)
         try:
             settings = self._settings(options or {}, mode)
             _check_model(root)
+            pipeline = Pipeline(gm, is_fragment=site.is_resumed and current_call() is not None)
             pipeline.analyse()
             length = current_context(root).num_inference_steps if root is not None else None
             resolved = settings.config.resolve(class_name, length is not None)

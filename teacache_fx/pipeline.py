@@ -61,13 +61,19 @@ class Pipeline:
 
     Attributes:
         timings: seconds per pass, and for copying the graph and generating its code.
+
+    Raises:
+        Declined: the graph cannot even be prepared for the passes (INTERNAL_ERROR).
     """
 
     def __init__(self, gm: fx.GraphModule, observer: Observer | None = None, is_fragment: bool = False) -> None:
         self._observer = observer
         self.timings: dict[str, float] = {}
         gm = with_call_inputs(gm) if is_fragment else gm
-        self.original, marked = take_marks(_prepared(gm))
+        try:
+            self.original, marked = take_marks(_prepared(gm))
+        except Exception as error:
+            raise _failure("preparing the graph", error) from error
         self.gm = self.original
         self.context = PassContext(marked=marked, is_fragment=is_fragment)
         self._known = {node.name for node in self.gm.graph.nodes}
@@ -115,16 +121,20 @@ class Pipeline:
                 verify(self.gm, self._known, step.name)
         except Declined:
             raise
-        except Exception as error:  # a bug of ours must not take the user's model down with it
-            cause = str(error).partition("\n")[0]
-            detail = f"{step.name} failed with {type(error).__name__}: {cause}"
-            raise Declined(DeclineReason.INTERNAL_ERROR, detail) from error
+        except Exception as error:
+            raise _failure(step.name, error) from error
         self.timings[step.name] = time.perf_counter() - started
         log.info("%s: %s, %.1f ms", step.name, "changed" if changed else "read", 1e3 * self.timings[step.name])
         if self._observer is not None:
             self._observer(step.name, self.gm)
         if changed and log.isEnabledFor(logging.DEBUG):
             log.debug("graph after %s:\n%s", step.name, render(self.gm))
+
+
+def _failure(what: str, error: Exception) -> Declined:
+    """A bug of ours must not take the user's model down with it."""
+    cause = str(error).partition("\n")[0]
+    return Declined(DeclineReason.INTERNAL_ERROR, f"{what} failed with {type(error).__name__}: {cause}")
 
 
 def _prepared(gm: fx.GraphModule) -> fx.GraphModule:

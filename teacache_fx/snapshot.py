@@ -118,9 +118,9 @@ class _Recorder(GraphBackend):
     def record(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         """A backend that only looks."""
         site = capture_site()
-        pipeline = Pipeline(gm, is_fragment=site.is_resumed and current_call() is not None)
         size = len(gm.graph.nodes)
         try:
+            pipeline = Pipeline(gm, is_fragment=site.is_resumed and current_call() is not None)
             self._graphs.append(_Graph(size, _rewritten(pipeline), None))
         except Declined as refusal:
             self._graphs.append(_Graph(size, [], explained(refusal, site)))

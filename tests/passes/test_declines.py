@@ -175,6 +175,17 @@ def test_a_bug_of_ours_leaves_the_model_running(name: str, monkeypatch: pytest.M
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_a_graph_that_cannot_be_prepared_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: fx.GraphModule) -> fx.GraphModule:
+        raise RuntimeError("no fake values")
+
+    monkeypatch.setattr("teacache_fx.pipeline.with_regions_inlined", fail)
+    model, backend = toys.make(), TeaCacheBackend(coefficients=[1.0, 0.0], inner="eager")
+    with torch.no_grad(), pytest.warns(TeaCacheWarning, match="preparing the graph failed with RuntimeError: no fake"):
+        output = torch.compile(model, backend=backend)(**toys.inputs())
+    assert torch.equal(output, model(**toys.inputs()))
+
+
 def test_rewriting_twice() -> None:
     def rewrite_twice(gm: fx.GraphModule) -> Declined:
         pipeline = Pipeline(gm)
