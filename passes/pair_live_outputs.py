@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -125,11 +125,16 @@ def _shape(node: fx.Node) -> object:
 def _find_base(
     value: fx.Node, inputs: list[fx.Node], region: set[fx.Node], dependent: set[fx.Node], first_block: set[fx.Node]
 ) -> fx.Node | None:
-    """The one of the inputs of the value's shape that follows the latents; the residual additions settle a tie."""
+    """The one of the inputs of the value's shape that follows the latents; the residual additions settle a tie.
+
+    What enters must still be in what leaves. A value that is made of products of the first block, and of nothing that
+    enters, is a sum of what the blocks give beside what they pass on: a residual against that would mean nothing. In
+    between a product may come, such as the one that takes in the long skip of a U-ViT.
+    """
     candidates = [node for node in inputs if _fits(node, value)]
-    passed_on, products = _passed_on(value, region)
-    kept = [node for node in candidates if node in passed_on]
-    candidates = kept if kept or not first_block.isdisjoint(products) else candidates
+    without_products = _made_of(value, region, _is_no_product)
+    kept = [node for node in candidates if node in without_products]
+    candidates = kept if kept or any(map(is_matmul, without_products & first_block)) else candidates
     if len(candidates) > 1:
         spine = _spine_inputs(value, region)
         candidates = [node for node in candidates if node in spine] or candidates
@@ -148,41 +153,29 @@ def _fits(base: fx.Node, value: fx.Node) -> bool:
     return both_float and inside.device == outside.device and same_shape(inside, outside)
 
 
-def _passed_on(value: fx.Node, region: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Region inputs that reach the value on a way without products, and the products that it is made of on such ways.
+def _is_no_product(node: fx.Node) -> bool:
+    return not is_matmul(node)
 
-    What enters is then still in what leaves. A value that is made of products of the first block, and of nothing that
-    enters, is a sum of what the blocks give beside what they pass on: a residual against that would mean nothing. In
-    between a product may come, such as the one that takes in the long skip of a U-ViT.
-    """
-    found, products, seen, todo = set[fx.Node](), set[fx.Node](), set[fx.Node](), [value]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node not in region:
-            found.add(node)
-        elif is_matmul(node):
-            products.add(node)
-        else:
-            todo += node.all_input_nodes
-    return found, products
+
+def _is_spine(node: fx.Node) -> bool:
+    return view_source(node) is not None or op_name(node) in _SPINE
 
 
 def _spine_inputs(value: fx.Node, region: set[fx.Node]) -> set[fx.Node]:
     """Region inputs that reach the value through additions, joins, views and casts alone."""
-    found, seen, todo = set[fx.Node](), set[fx.Node](), [value]
+    return _made_of(value, region, _is_spine) - region
+
+
+def _made_of(value: fx.Node, region: set[fx.Node], is_open: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """All that lies behind the value, going back through those nodes of the region that are open."""
+    seen, todo = set[fx.Node](), [value]
     while todo:
         node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node not in region:
-            found.add(node)
-        elif view_source(node) is not None or op_name(node) in _SPINE:
-            todo += node.all_input_nodes
-    return found
+        if node not in seen:
+            seen.add(node)
+            if node in region and is_open(node):
+                todo += node.all_input_nodes
+    return seen
 
 
 def describe_pairs(pairs: Iterable[LivePair], flow: Dataflow, latents: fx.Node) -> tuple[LiveOutput, ...]:

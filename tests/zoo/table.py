@@ -16,17 +16,17 @@ _HEAD = """\
 
 Tiny, randomly drawn configurations of diffusers' transformers (`tests/zoo`), of the diffusers and torch versions in
 `constraints.txt`. No code of this package knows any of them. The table is written by `make coverage-table`; tests
-compare its lines with what is found now: at each commit, but for those of the largest graphs and for most exports, which
-`make test-all` compares each week.
+compare its lines with what is found now: at each commit, but for those of the largest graphs and for most exports,
+which `make test-all` compares each week.
 
 {rewritten} of {total} rewritten.
 
 ## Rewritten
 
 Verified for each line (`tests/zoo/test_coverage.py`), with both branches forced: a computed step equals the unmodified
-model to the bit (`ace_step`, whose tokens are laid out transposed, but for the last bit); a step that reuses the residual
-on the same inputs equals it within 1e-5 of the largest value; one that reuses it on latents moved by 1.5% moves with
-them, so nothing stale is returned.
+model to the bit (`ace_step`, whose tokens are laid out transposed, but for the last bit); a step that reuses the
+residual on the same inputs equals it within 1e-5 of the largest value; one that reuses it on latents moved by 1.5%
+moves with them, so nothing stale is returned.
 
 - captured by: `compile` is `torch.compile(model, backend=TeaCacheBackend(...))`; `enable` stands where that does not
   suffice, and `backend.enable(pipeline)` or `apply_teacache_hook(model)`, which capture more, do.
