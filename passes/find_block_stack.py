@@ -101,7 +101,7 @@ class FindBlockStack:
             owned = {node for blocks in kept for node in blocks.nodes}
             core = _between(flow, owned & dependent) & flow.live
             try:
-                return kept, *pair_live_outputs(flow, core, carried, kept[0].elements[0])
+                return kept, *pair_live_outputs(flow, core, carried, set(kept[0].elements[0]))
             except Declined as declined:
                 refusal = refusal or declined
                 if declined.reason is not DeclineReason.NO_MATCHING_INPUT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class LivePair:
 
 
 def pair_live_outputs(
-    flow: Dataflow, region: set[fx.Node], dependent: set[fx.Node], first_block: Collection[fx.Node] = ()
+    flow: Dataflow, region: set[fx.Node], dependent: set[fx.Node], first_block: set[fx.Node]
 ) -> tuple[list[LivePair], set[fx.Node]]:
     """Finds the live outputs of the region and a base for each; the region grows past views until shapes agree.
 
@@ -42,7 +42,7 @@ def pair_live_outputs(
         Declined: NO_MATCHING_INPUT, since without a base the cached value would no longer follow the latents; or
             MUTATION_ACROSS_CUT, if no value leaves the region at all.
     """
-    inputs, first = _region_inputs(flow, region), set(first_block)
+    inputs = _region_inputs(flow, region)
     alike = _by_shape(inputs)
     frontier = _Frontier(flow, region)
     region = frontier.region  # grows with it
@@ -53,7 +53,7 @@ def pair_live_outputs(
             writers = [node for node in flow.sort(region) if written_arguments(node)]
             detail = "the stack gives nothing back but what it writes in place"
             raise Declined(DeclineReason.MUTATION_ACROSS_CUT, detail, writers[-1].name if writers else None)
-        bases = {value: _find_base(value, alike[_shape(value)], region, dependent, first) for value in live}
+        bases = {value: _find_base(value, alike[_shape(value)], region, dependent, first_block) for value in live}
         unpaired = [value for value, base in bases.items() if base is None]
         if not unpaired:
             return [LivePair(value, base) for value, base in bases.items() if base is not None], region

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,15 +49,24 @@ def gather_evidence(
     time = latents.new_zeros(batch, dtype=torch.float32) if timestep is None else average(timestep)
 
     def hash_all(tensors: Sequence[Tensor]) -> Tensor:
-        hashed = latents.new_zeros(batch, dtype=torch.int64)
-        for number, tensor in enumerate(tensors):
-            one = content_hash(tensor, _has_rows(tensor, latents, per_sample), is_portable).to(latents.device)
-            hashed = hashed + (one & _BITS) * (2 * number + 1)
-        return hashed
+        hashes = (content_hash(each, _has_rows(each, latents, per_sample), is_portable) for each in tensors)
+        return joint_hash(hashes, latents.new_zeros(batch, dtype=torch.int64))
 
     # The farthest of the samples counts: a mean would hide that one slot of a large batch has been given to another.
     moves = relative_move(latents, previous_latents, per_sample=True)
     return Evidence(time, moves if per_sample else moves.max(), hash_all(steady), hash_all(further_times))
+
+
+def joint_hash(hashes: Iterable[Tensor], none: Tensor) -> Tensor:
+    """One hash of several tensors, which tells their places too.
+
+    Args:
+        hashes: `content_hash` of each.
+        none: that of no tensors at all: zeros, int64, on the device and of the shape of the result.
+    """
+    for number, one in enumerate(hashes):
+        none = none + (one.to(none.device) & _BITS) * (2 * number + 1)
+    return none
 
 
 def content_hash(tensor: Tensor, per_sample: bool = False, is_portable: bool = False) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from teacache_fx.argument_names import LATENT_NAMES, says_time
 from teacache_fx.capture import GraphBreak
 from teacache_fx.errors import Declined, DeclineReason
-from teacache_fx.trajectory import content_hash
+from teacache_fx.trajectory import content_hash, joint_hash
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,7 @@ class WholeCall:
 
 
 def _hash_all(tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
-    hashed = torch.zeros((), dtype=torch.int64, device=device)
-    for number, tensor in enumerate(tensors):
-        hashed = hashed + content_hash(tensor).to(device) * (2 * number + 1)
-    return hashed
+    return joint_hash(map(content_hash, tensors), torch.zeros((), dtype=torch.int64, device=device))
 
 
 class CallReader:
